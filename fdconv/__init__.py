@@ -1,0 +1,6 @@
+"""Frequency Dynamic Convolution (FDConv, CVPR 2025) for PyTorch: exact, general, and nothing but torch."""
+
+from .config import FDConfig
+from .layers import FDConv2d, FDLinear
+
+__all__ = ["FDConfig", "FDConv2d", "FDLinear"]

@@ -1,0 +1,96 @@
+"""Every knob of the operator, once, with the paper's defaults."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Gate = Literal["sigmoid", "tanh"]
+KernelGate = Literal["sigmoid", "tanh", "softmax"]
+
+
+@dataclass(frozen=True)
+class FDConfig:
+    """Settings of `FDConv2d` and `FDLinear` (FDConv, CVPR 2025, arXiv 2503.18783; the defaults are the paper's).
+
+    Raises `ValueError`, naming the field, for a value outside its range.
+    """
+
+    kernel_num: int = 64
+    """Number `n` of disjoint frequency groups of the weight spectrum (section 3.2)."""
+    param_ratio: int = 1
+    """Number `r` of spectra that share the groups; each has its own kernel attention."""
+
+    ksm_global: bool = True
+    """Channel, filter, spatial and kernel attention from the pooled input (KSM, global branch, section 3.3)."""
+    ksm_local: bool = True
+    """A gate for every single weight from the pooled input (KSM, local branch). Convolutions only, as in the authors'
+    linear layer."""
+    reduction: float = 1 / 16
+    """Width of the attention bottleneck, as a share of `in_channels`."""
+    min_attention_channels: int = 16
+    """Least width of the attention bottleneck."""
+    norm: Literal["auto", "batch", "rms"] = "auto"
+    """Norm of the bottleneck. `auto`: BatchNorm for convolutions, RMSNorm for linear layers. `rms` needs no batch."""
+    global_activation: Gate = "sigmoid"
+    """Gate of the channel, filter and spatial heads: `2*sigmoid(z/T)` or `1+tanh(z/T)`."""
+    kernel_activation: KernelGate = "sigmoid"
+    """Gate of the kernel head; `softmax` runs over all groups."""
+    local_activation: Gate = "sigmoid"
+    """Gate of the local branch."""
+    temperature: float = 1.0
+    """`T` of the channel, filter and spatial heads."""
+    kernel_temperature: float = 1.0
+    """`T` of the kernel head."""
+
+    fbm_kernel_sizes: tuple[int, ...] = (3,)
+    """Square kernel sizes whose convolutions get frequency band modulation (FBM, section 3.4); `()` switches it off."""
+    bands: tuple[int, ...] = (2, 4, 8)
+    """Low-pass bands, ascending: band `k` keeps the frequencies up to `1/(2k)` cycles a pixel on both axes."""
+    band_mask: Literal["exact", "interpolated"] = "exact"
+    """`exact` cuts at the frequency itself; `interpolated` stretches a 64x64 mask, as official checkpoints expect."""
+    band_activation: KernelGate = "sigmoid"
+    """Gate of the band maps; `softmax` runs over the maps."""
+    band_lowfreq: bool = False
+    """Give the lowest band a map too."""
+    band_groups: int = 1
+    """Number of channel groups that have maps of their own."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fbm_kernel_sizes", tuple(self.fbm_kernel_sizes))
+        object.__setattr__(self, "bands", tuple(self.bands))
+        for field in ("kernel_num", "param_ratio", "min_attention_channels", "band_groups"):
+            _require(getattr(self, field) >= 1, field, "at least 1", getattr(self, field))
+        for field in ("reduction", "temperature", "kernel_temperature"):
+            _require(getattr(self, field) > 0, field, "above 0", getattr(self, field))
+        _require(self.kernel_num <= 32767, "kernel_num", "at most 32767", self.kernel_num)
+        _require(
+            len(self.bands) > 0 and all(k >= 1 for k in self.bands) and list(self.bands) == sorted(set(self.bands)),
+            "bands",
+            "one or more ascending integers from 1",
+            self.bands,
+        )
+        _require(
+            all(k >= 1 for k in self.fbm_kernel_sizes), "fbm_kernel_sizes", "integers from 1", self.fbm_kernel_sizes
+        )
+        for field, allowed in _CHOICES.items():
+            _require(getattr(self, field) in allowed, field, "one of " + ", ".join(allowed), getattr(self, field))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain JSON types; `FDConfig(**config.to_dict())` gives an equal config."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "norm": ("auto", "batch", "rms"),
+    "global_activation": ("sigmoid", "tanh"),
+    "kernel_activation": ("sigmoid", "tanh", "softmax"),
+    "local_activation": ("sigmoid", "tanh"),
+    "band_mask": ("exact", "interpolated"),
+    "band_activation": ("sigmoid", "tanh", "softmax"),
+}
+
+
+def _require(holds: bool, field: str, expected: str, value: object) -> None:
+    if not holds:
+        raise ValueError(f"FDConfig.{field} must be {expected}, not {value!r}")

@@ -1,0 +1,334 @@
+"""FDConv2d and FDLinear: drop-in layers whose weight is a function of their input.
+
+Each is its static twin (`nn.Conv2d`, `nn.Linear`) at the start and can become more: the spectrum of its weight is cut
+into frequency groups that every sample mixes anew (FDW), the weight is modulated in space (KSM), and 3x3 convolutions
+weigh the frequency bands of their input (FBM). Source: FDConv (arXiv 2503.18783).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .bands import BandModulation
+from .config import FDConfig
+from .functional import conv2d_per_sample, dynamic_weight, linear_per_sample
+from .lazy import LazyTensor
+from .modulation import Attention, GlobalModulation, LocalModulation
+from .precision import fft_dtype, without_autocast
+from .spectrum import (
+    frequency_groups,
+    group_dtype,
+    image_to_spectra,
+    image_to_weight,
+    spectra_to_image,
+    weight_to_image,
+)
+
+PAPER = FDConfig()
+
+
+class FrequencyDynamic(nn.Module):
+    """What both layers share: a spectrum in place of the weight, and the modulation of it.
+
+    State (official names): `dft_weight (r, D1, D2h, 2)`, the spectrum; `frequency_group (D1, D2h)`, the group of each
+    coefficient, saved so that a checkpoint means the same everywhere; `bias`; `KSM_Global`, `KSM_Local`, `FBM`.
+    """
+
+    config: FDConfig
+    groups: int
+    dft_weight: nn.Parameter
+    frequency_group: Tensor
+    bias: nn.Parameter | None
+    KSM_Global: GlobalModulation | None
+    KSM_Local: LocalModulation | None
+    FBM: BandModulation | None
+
+    def _static_shape(self) -> tuple[int, ...]:
+        """Shape of the static twin's weight."""
+        raise NotImplementedError
+
+    def _neutral_scale(self) -> float:
+        """Factor of the stored spectra at which the static weight comes out (`alpha` times the neutral attention)."""
+        raise NotImplementedError
+
+    def _kernel_shape(self) -> tuple[int, int, int, int]:
+        """`(C_out, C_in/groups, k_h, k_w)`; a linear layer is a 1x1 convolution."""
+        out_channels, in_channels, k_h, k_w = (*self._static_shape(), 1, 1)[:4]
+        return out_channels, in_channels, k_h, k_w
+
+    def _add_spectrum(self, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
+        out_channels, in_channels, k_h, k_w = self._kernel_shape()
+        half_spectrum = (out_channels * k_h, in_channels * k_w // 2 + 1)
+        spectra = torch.empty(self.config.param_ratio, *half_spectrum, 2, device=device, dtype=dtype)
+        self.dft_weight = nn.Parameter(spectra)
+        self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
+        groups = torch.empty(half_spectrum, dtype=group_dtype(self.config.kernel_num), device=device)
+        self.register_buffer("frequency_group", groups)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The static weight this layer stands for: the dynamic weight at neutral modulation, in its twin's shape.
+
+        A differentiable function of the spectrum, not a parameter; computed only if its values are used. To change it
+        call `set_weight`.
+        """
+        if torch.compiler.is_compiling():
+            return self._neutral_weight()  # what is not used, the compiler drops
+        return LazyTensor(self._neutral_weight, torch.Size(self._static_shape()), self.dft_weight)
+
+    def _spectra(self) -> Tensor:
+        return self.dft_weight.to(fft_dtype(self.dft_weight.dtype))
+
+    def _neutral_weight(self) -> Tensor:
+        _, in_channels, k_h, k_w = self._kernel_shape()
+        with without_autocast(self.dft_weight.device):
+            image = spectra_to_image(self._spectra(), self._neutral_scale(), in_channels * k_w)
+            return image_to_weight(image, (k_h, k_w)).reshape(self._static_shape()).to(self.dft_weight.dtype)
+
+    @torch.no_grad()
+    def set_weight(self, weight: Tensor) -> None:
+        """Make the layer stand for another static weight, of its twin's shape; the modulation stays as it is."""
+        if weight.shape != self._static_shape():
+            raise ValueError(f"weight must have the shape {self._static_shape()}, not {tuple(weight.shape)}")
+        # The transform runs once, so it can afford the precision that leaves the stored spectrum correctly rounded.
+        exact = torch.float32 if weight.device.type == "mps" else torch.float64
+        image = weight_to_image(weight.detach().reshape(self._kernel_shape()).to(exact))
+        self.dft_weight.copy_(image_to_spectra(image, self.config.param_ratio) / self._neutral_scale())
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw weight and bias as the static twin does, and make the modulation neutral."""
+        weight = torch.empty(self._static_shape(), device=self.dft_weight.device)
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        self.set_weight(weight)
+        if self.bias is not None:
+            bound = 1 / math.sqrt(max(1, weight[0].numel()))
+            nn.init.uniform_(self.bias, -bound, bound)
+        self.reset_modulation()
+
+    @torch.no_grad()
+    def reset_modulation(self) -> None:
+        """Fix the frequency groups and make the modulation neutral; the static weight stays as it is."""
+        out_channels, in_channels, k_h, k_w = self._kernel_shape()
+        self.frequency_group.copy_(frequency_groups(out_channels * k_h, in_channels * k_w, self.config.kernel_num))
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
+    def _take_over(self, plain: nn.Conv2d | nn.Linear) -> None:
+        """Stand for a plain layer: its weight, bias, `requires_grad` and mode. Called on a layer built on meta."""
+        self.to_empty(device=plain.weight.device)
+        self.reset_modulation()
+        self.set_weight(plain.weight)
+        self.requires_grad_(plain.weight.requires_grad)
+        if self.bias is not None and plain.bias is not None:
+            with torch.no_grad():
+                self.bias.copy_(plain.bias)
+            self.bias.requires_grad_(plain.bias.requires_grad)
+        self.train(plain.training)
+
+    def _hand_over(self, plain: nn.Conv2d | nn.Linear) -> None:
+        """Give a plain layer, built on meta, the neutral weight, bias, `requires_grad` and mode of this one."""
+        plain.to_empty(device=self.dft_weight.device)
+        with torch.no_grad():
+            plain.weight.copy_(self._neutral_weight())
+            plain.weight.requires_grad_(self.dft_weight.requires_grad)
+            if plain.bias is not None and self.bias is not None:
+                plain.bias.copy_(self.bias)
+                plain.bias.requires_grad_(self.bias.requires_grad)
+        plain.train(self.training)
+
+    def _sample_weights(self, context: Tensor) -> Tensor:
+        """The weight of every sample, `(B, C_out, C_in/groups, k_h, k_w)` in FFT precision, from `(B, C_in)`."""
+        _, in_channels, k_h, k_w = self._kernel_shape()
+        spectra = self._spectra()
+        with without_autocast(context.device):
+            context = context.to(self.dft_weight.dtype)
+            attention = local = None
+            if self.KSM_Global is not None:
+                factors = self.KSM_Global(context)
+                attention = Attention(*(None if factor is None else factor.to(spectra.dtype) for factor in factors))
+            if self.KSM_Local is not None:
+                local = self.KSM_Local(context).to(spectra.dtype)
+            return dynamic_weight(
+                spectra,
+                self.frequency_group,
+                attention,
+                local,
+                scale=self._neutral_scale(),
+                width=in_channels * k_w,
+                kernel_size=(k_h, k_w),
+                groups=self.groups,
+            )
+
+    def extra_repr(self) -> str:
+        shared = "" if self.config.param_ratio == 1 else f", param_ratio={self.config.param_ratio}"
+        return f"{super().extra_repr()}, kernel_num={self.config.kernel_num}{shared}"
+
+
+class FDConv2d(FrequencyDynamic, nn.Conv2d):
+    """Frequency dynamic convolution in place of `nn.Conv2d`: `(B, C_in, H, W)` or `(C_in, H, W)`, any float dtype.
+
+    Args:
+        in_channels: as the other positional arguments, what `nn.Conv2d` takes.
+        config: settings of the operator; the paper's by default.
+
+    Raises:
+        ValueError: for arguments that `nn.Conv2d` refuses, or `config.band_groups` that do not divide `in_channels`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        config: FDConfig = PAPER,
+    ) -> None:
+        nn.Module.__init__(self)
+        # A twin on meta checks the arguments and holds the geometry in nn.Conv2d's own form.
+        twin = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False, padding_mode, "meta"
+        )
+        for name in (*nn.Conv2d.__constants__, "transposed", "_reversed_padding_repeated_twice"):
+            setattr(self, name, getattr(twin, name))
+        self.config = config
+        self._add_spectrum(bias, device, dtype)
+        k_h, k_w = self.kernel_size
+        shape: tuple[int, int, int] = (in_channels, out_channels, k_h * k_w)
+        depthwise = groups == in_channels == out_channels
+        place: Any = {"config": config, "device": device, "dtype": dtype}
+        self.KSM_Global = (
+            GlobalModulation(*shape, depthwise=depthwise, linear=False, **place) if config.ksm_global else None
+        )
+        self.KSM_Local = LocalModulation(*shape, groups=groups, **place) if config.ksm_local else None
+        banded = k_h == k_w and k_h in config.fbm_kernel_sizes
+        self.FBM = BandModulation(in_channels, **place) if banded else None
+        self.reset_parameters()
+
+    def _static_shape(self) -> tuple[int, ...]:
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    def _neutral_scale(self) -> float:
+        return max(1, min(self.in_channels, self.out_channels) // 2)
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, config: FDConfig = PAPER) -> FDConv2d:
+        """A layer that computes what `conv` does, with its device, dtype, mode and `requires_grad`."""
+        layer = cls(**_geometry(conv), device="meta", dtype=conv.weight.dtype, config=config)
+        layer._take_over(conv)
+        return layer
+
+    def to_conv(self) -> nn.Conv2d:
+        """The plain convolution with this layer's neutral weight."""
+        conv = nn.Conv2d(**_geometry(self), device="meta", dtype=self.dft_weight.dtype)
+        self._hand_over(conv)
+        return conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 3:
+            return self(x.unsqueeze(0)).squeeze(0)
+        weight = self._sample_weights(x.mean((2, 3), dtype=fft_dtype(x.dtype)))
+        if self.FBM is not None:
+            x = self.FBM(x)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0, 0)
+        weight = weight.to(x.dtype)
+        return conv2d_per_sample(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
+
+
+class FDLinear(FrequencyDynamic, nn.Linear):
+    """Frequency dynamic linear layer in place of `nn.Linear`: `(B, ..., C_in)` to `(B, ..., C_out)`, any float dtype.
+
+    The first axis is the sample, the axes between are positions and share the sample's weight. There is no local branch
+    and no band modulation, as in the authors' linear layer.
+
+    Args:
+        in_features: as the other positional arguments, what `nn.Linear` takes.
+        config: settings of the operator; the paper's by default.
+    """
+
+    groups = 1
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        config: FDConfig = PAPER,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.config = config
+        self._add_spectrum(bias, device, dtype)
+        place: Any = {"config": config, "device": device, "dtype": dtype}
+        self.KSM_Global = (
+            GlobalModulation(in_features, out_features, 1, depthwise=False, linear=True, **place)
+            if config.ksm_global
+            else None
+        )
+        self.KSM_Local = self.FBM = None
+        self.reset_parameters()
+
+    def _static_shape(self) -> tuple[int, ...]:
+        return (self.out_features, self.in_features)
+
+    def _neutral_scale(self) -> float:
+        # alpha is m*r and the neutral attention 1, or 1/r where a softmax shares n among r*n groups.
+        ratio = 1 if self.config.kernel_activation == "softmax" else self.config.param_ratio
+        return max(1, min(self.in_features, self.out_features) // 2) * ratio
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: FDConfig = PAPER) -> FDLinear:
+        """A layer that computes what `linear` does, with its device, dtype, mode and `requires_grad`."""
+        weight = linear.weight
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            device="meta",
+            dtype=weight.dtype,
+            config=config,
+        )
+        layer._take_over(linear)
+        return layer
+
+    def to_linear(self) -> nn.Linear:
+        """The plain linear layer with this layer's neutral weight."""
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.dft_weight.dtype
+        )
+        self._hand_over(linear)
+        return linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 1:
+            return self(x.unsqueeze(0)).squeeze(0)
+        context = x.to(fft_dtype(x.dtype))
+        if x.dim() > 2:
+            context = context.mean(tuple(range(1, x.dim() - 1)))
+        weight = self._sample_weights(context)[..., 0, 0].to(x.dtype)
+        return linear_per_sample(x, weight, self.bias)
+
+
+def _geometry(conv: nn.Conv2d) -> dict[str, Any]:
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    return {**{name: getattr(conv, name) for name in names}, "bias": conv.bias is not None}

@@ -1,0 +1,196 @@
+"""Kernel spatial modulation (KSM): attention over the kernel, computed from the pooled input.
+
+The global branch gives one factor per input channel, filter, kernel position and frequency group; the local branch one
+factor per weight. All are neutral (the layer equals its static twin) while the heads are zero, where they start.
+Parameters carry the official names and shapes. Source: FDConv (arXiv 2503.18783), section 3.3.
+
+The layers here are deliberately no `nn.Linear` or `nn.Conv1d`: a model's `_init_weights` that walks all modules would
+redraw those, and with them the neutral start.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import FDConfig
+
+
+class Attention(NamedTuple):
+    """Factors of the global branch; None where a layer has no such head."""
+
+    channel: Tensor
+    """`(B, C_in)`, neutral 1."""
+    filter: Tensor | None
+    """`(B, C_out)`, neutral 1."""
+    spatial: Tensor | None
+    """`(B, k_h*k_w)`, neutral 1."""
+    kernel: Tensor | None
+    """`(B, r*n)`, neutral 1: the factor of a frequency group beside the static weight's share."""
+
+
+def gate(logits: Tensor, activation: str, temperature: float = 1.0) -> Tensor:
+    """A factor that is 1 at logit 0: `2*sigmoid(z/T)`, `1 + tanh(z/T)`, or `n*softmax(z/T)` over the last axis."""
+    if temperature != 1.0:
+        logits = logits / temperature
+    if activation == "sigmoid":
+        return 2 * torch.sigmoid(logits)
+    if activation == "tanh":
+        return 1 + torch.tanh(logits)
+    return logits.shape[-1] * torch.softmax(logits, dim=-1)
+
+
+class ZeroInit(nn.Module):
+    """A weight of the given shape and a bias, both zero at the start, applied by whoever owns them."""
+
+    def __init__(self, *shape: int, bias: bool = True, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Back to zero, the neutral value."""
+        for parameter in self.parameters(recurse=False):
+            nn.init.zeros_(parameter)
+
+
+class Squeeze(nn.Module):
+    """The first map, shared by the heads: `C_in` to the attention width, drawn as the authors do (Kaiming, fan-out)."""
+
+    def __init__(self, *shape: int, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight anew."""
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+
+
+class StarReLU(nn.Module):
+    """`scale * relu(x)^2 + bias` with learnable scalars (MetaFormer baselines, arXiv 2210.13452)."""
+
+    def __init__(self, *, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Back to `relu(x)^2`."""
+        nn.init.ones_(self.scale)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * F.relu(x) ** 2 + self.bias
+
+
+class ContextBatchNorm(nn.BatchNorm1d):
+    """BatchNorm of `(B, A)` that trains on a single sample too: that has no variance, so the running one serves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and len(x) == 1:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        return super().forward(x)
+
+
+class GlobalModulation(nn.Module):
+    """KSM's global branch: `(B, C_in)` pooled input to `Attention`.
+
+    Args:
+        in_channels: `C_in`.
+        out_channels: `C_out`.
+        positions: `k_h*k_w`; above 1 there is a spatial head.
+        depthwise: a depthwise convolution has no filter head, for it would double the channel head.
+        linear: `FDLinear`'s form: RMSNorm, ReLU, weights `(out, in)`; else BatchNorm, StarReLU, `(out, in, 1, 1)`.
+        config: the operator's settings.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        positions: int,
+        *,
+        depthwise: bool,
+        linear: bool,
+        config: FDConfig,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        width = max(int(in_channels * config.reduction), config.min_attention_channels)
+        groups = config.kernel_num * config.param_ratio
+        tail = () if linear else (1, 1)
+
+        def head(out: int) -> ZeroInit:
+            return ZeroInit(out, width, *tail, device=device, dtype=dtype)
+
+        self.fc = Squeeze(width, in_channels, *tail, device=device, dtype=dtype)
+        use_rms = config.norm == "rms" or (config.norm == "auto" and linear)
+        self.norm = nn.RMSNorm(width, eps=1e-6, device=device, dtype=dtype) if use_rms else None
+        self.bn = None if use_rms else ContextBatchNorm(width, device=device, dtype=dtype)
+        self.relu = nn.ReLU() if linear else StarReLU(device=device, dtype=dtype)
+        self.channel_fc = head(in_channels)
+        self.filter_fc = None if depthwise else head(out_channels)
+        self.spatial_fc = head(positions) if positions > 1 else None
+        self.kernel_fc = head(groups) if groups > 1 else None
+
+    def forward(self, context: Tensor) -> Attention:
+        config = self.config
+        norm = self.bn if self.norm is None else self.norm
+        hidden = self.relu(norm(F.linear(context, self.fc.weight.flatten(1))))
+
+        def factor(head: ZeroInit | None, activation: str, temperature: float) -> Tensor | None:
+            if head is None:
+                return None
+            return gate(F.linear(hidden, head.weight.flatten(1), head.bias), activation, temperature)
+
+        return Attention(
+            channel=factor(self.channel_fc, config.global_activation, config.temperature),
+            filter=factor(self.filter_fc, config.global_activation, config.temperature),
+            spatial=factor(self.spatial_fc, config.global_activation, config.temperature),
+            kernel=factor(self.kernel_fc, config.kernel_activation, config.kernel_temperature),
+        )
+
+
+class LocalModulation(nn.Module):
+    """KSM's local branch: `(B, C_in)` pooled input to a factor for every weight, `(B, C_out, k_h*k_w, C_in/groups)`.
+
+    Each filter position has a short filter of its own that slides along the normalised channel axis. An output channel
+    of a grouped convolution sees the channels of its group only.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        positions: int,
+        *,
+        groups: int,
+        config: FDConfig,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.groups = groups
+        self.positions = positions
+        self.activation = config.local_activation
+        self.norm = nn.LayerNorm(in_channels, device=device, dtype=dtype)
+        taps = round(math.log2(in_channels) / 2 + 0.5) // 2 * 2 + 1
+        self.conv = ZeroInit(out_channels * positions, 1, taps, bias=False, device=device, dtype=dtype)
+
+    def forward(self, context: Tensor) -> Tensor:
+        batch, in_channels = context.shape
+        taps = self.conv.weight.shape[-1]
+        windows = F.pad(self.norm(context), (taps // 2, taps // 2)).unfold(1, taps, 1)
+        windows = windows.reshape(batch, self.groups, in_channels // self.groups, taps)
+        filters = self.conv.weight.view(self.groups, -1, taps)
+        logits = filters @ windows.transpose(-1, -2)  # (B, groups, C_out/groups * positions, C_in/groups)
+        return gate(logits.view(batch, -1, self.positions, in_channels // self.groups), self.activation)

@@ -1,0 +1,117 @@
+"""Layers from the state dicts of the authors' public implementation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import FDConfig
+from .layers import FDConv2d, FDLinear
+from .spectrum import group_dtype, groups_from_order
+
+_CONV_GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "bias", "padding_mode")
+_LINEAR_GEOMETRY = ("in_features", "out_features", "bias")
+
+
+def load_layer(
+    state: dict[str, Tensor], config: dict[str, Any], group_index: Tensor | None = None
+) -> FDConv2d | FDLinear:
+    """Build a layer that computes what an official layer computes.
+
+    Args:
+        state: the layer's state dict under the official names, without prefix.
+        config: the arguments the official layer was built with, and `kind`: `"FDConv"` or `"FDLinear"`.
+        group_index: `(2, n, N/n)`, rows and columns of the coefficients of each frequency group as the run that trained
+            the layer ordered them. The official layer does not save its order, and computes it by an unstable sort;
+            without it, it is computed here as the public code would.
+
+    Returns:
+        The layer in eval mode, on the CPU, with the dtype of the spectrum.
+
+    Raises:
+        ValueError: if the config names a setting that has no counterpart here, or the state does not fit it.
+    """
+    kind = config.get("kind")
+    if kind not in ("FDConv", "FDLinear"):
+        raise ValueError(f"config['kind'] must be 'FDConv' or 'FDLinear', not {kind!r}")
+    if "dft_weight" not in state:
+        raise ValueError(f"the state has no 'dft_weight'; its keys are {', '.join(sorted(state)) or 'none'}")
+    settings = _settings(config)
+    names = _CONV_GEOMETRY if kind == "FDConv" else _LINEAR_GEOMETRY
+    geometry = {name: config[name] for name in names if name in config}
+    geometry.setdefault("bias", "bias" in state)
+    layer_class = FDConv2d if kind == "FDConv" else FDLinear
+    layer = layer_class(**geometry, dtype=state["dft_weight"].dtype, config=settings)
+    layer.frequency_group.copy_(_groups(layer, group_index))
+    try:
+        layer.load_state_dict({**state, "frequency_group": layer.frequency_group})
+    except RuntimeError as error:
+        raise ValueError(f"the state does not fit the config: {error}") from None
+    return layer.eval()
+
+
+def _settings(config: dict[str, Any]) -> FDConfig:
+    """The operator's settings from the official arguments, whose defaults differ from the paper's in `kernel_num`."""
+    bands = config.get("fbm_cfg", {})
+    unsupported = {
+        "param_reduction": config.get("param_reduction", 1.0) != 1.0,
+        "att_multi": config.get("att_multi", 2.0) != 2.0,
+        "ksm_only_kernel_att": config.get("ksm_only_kernel_att", False),
+        "spatial_freq_decompose": config.get("spatial_freq_decompose", False),
+        "groups": config.get("groups", 1) != 1,
+        "kernel_num": config.get("kernel_num", 4) is None,
+        "use_fbm_for_stride": config.get("use_fbm_for_stride", False),
+        "linear_mode": config.get("linear_mode", False),
+        "fbm_cfg.act": bands.get("act", "sigmoid") == "softmax",
+        "fbm_cfg.spatial_kernel": bands.get("spatial_kernel", 3) != 3,
+        "use_ksm_local": config["kind"] == "FDLinear" and config.get("use_ksm_local", False),
+    }
+    for name, refused in unsupported.items():
+        if refused:
+            value = bands.get(name.removeprefix("fbm_cfg.")) if name.startswith("fbm_cfg.") else config.get(name)
+            raise ValueError(f"config[{name!r}] = {value!r} has no counterpart here")
+    activation = config.get("ksm_global_act", "sigmoid")
+    kernel_temperature = config.get("kernel_temp", 1.0)
+    temperature = config.get("temp")
+    return FDConfig(
+        kernel_num=config.get("kernel_num", 4),
+        param_ratio=config.get("param_ratio", 1),
+        reduction=config.get("reduction", 1 / 16),
+        ksm_local=config.get("use_ksm_local", True),
+        global_activation="sigmoid" if activation == "softmax" else activation,
+        kernel_activation=activation,
+        local_activation=config.get("ksm_local_act", "sigmoid"),
+        kernel_temperature=kernel_temperature,
+        temperature=kernel_temperature if temperature is None else temperature,
+        fbm_kernel_sizes=tuple(config.get("use_fbm_if_k_in", (3,))),
+        bands=tuple(bands.get("k_list", (2, 4, 8))),
+        band_mask="interpolated",
+        band_activation=bands.get("act", "sigmoid"),
+        band_lowfreq=bands.get("lowfreq_att", False),
+        band_groups=bands.get("spatial_group", 1),
+    )
+
+
+def _groups(layer: FDConv2d | FDLinear, group_index: Tensor | None) -> Tensor:
+    """Group of every coefficient, `(D1, D2h)`, as the official layer has it."""
+    d1, d2_half = layer.frequency_group.shape
+    kernel_num = layer.config.kernel_num
+    if group_index is None:
+        _, in_channels, _, k_w = layer._kernel_shape()
+        rows, columns = torch.fft.fftfreq(d1), torch.fft.rfftfreq(in_channels * k_w)
+        radius = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).norm(dim=-1)
+        order = torch.sort(radius.flatten()).indices
+        return groups_from_order(order, kernel_num).view(d1, d2_half)
+    if group_index.shape != (2, kernel_num, d1 * d2_half // kernel_num) or d1 * d2_half % kernel_num:
+        raise ValueError(
+            f"group_index must have the shape (2, {kernel_num}, {d1 * d2_half / kernel_num:g}), "
+            f"not {tuple(group_index.shape)}"
+        )
+    rows, columns = group_index.long()
+    groups = torch.full((d1, d2_half), -1)
+    groups[rows, columns] = torch.arange(kernel_num)[:, None].expand_as(rows)
+    if (groups < 0).any():
+        raise ValueError("group_index does not name every coefficient once")
+    return groups.to(group_dtype(kernel_num))

@@ -1,0 +1,20 @@
+"""In which precision the operator computes, whatever the model and autocast use around it."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+
+
+def fft_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Fourier transforms and means run in float32, or in float64 where the data is."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A region in which autocast, if on, does not lower the precision."""
+    if torch.amp.autocast_mode.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()  # devices that know no autocast, such as meta

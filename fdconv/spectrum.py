@@ -1,0 +1,103 @@
+"""Fourier disjoint weight (FDW): a layer's weight as an image, its spectrum, and the frequency groups of the spectrum.
+
+Shapes: `D1 = C_out*k_h`, `D2 = (C_in/groups)*k_w`, `D2h = D2//2 + 1`; `n` groups, `r` spectra (`param_ratio`).
+Source: FDConv (arXiv 2503.18783), section 3.2.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import gcd
+
+import torch
+from torch import Tensor
+
+
+def weight_to_image(weight: Tensor) -> Tensor:
+    """Lay a convolution weight `(C_out, C_in/groups, k_h, k_w)` out as one image `(D1, D2)`."""
+    out_channels, in_channels, k_h, k_w = weight.shape
+    return weight.permute(0, 2, 1, 3).reshape(out_channels * k_h, in_channels * k_w)
+
+
+def image_to_weight(image: Tensor, kernel_size: tuple[int, int]) -> Tensor:
+    """Undo `weight_to_image` on a batch: `(B, D1, D2)` to a view `(B, C_out, C_in/groups, k_h, k_w)`."""
+    batch, d1, d2 = image.shape
+    k_h, k_w = kernel_size
+    return image.view(batch, d1 // k_h, k_h, d2 // k_w, k_w).permute(0, 1, 3, 2, 4)
+
+
+def frequency_groups(d1: int, d2: int, kernel_num: int) -> Tensor:
+    """Cut the half spectrum of a `(d1, d2)` image into groups of growing frequency.
+
+    The order is by radius, and within one radius by row and column. Radii are compared as integers, so it is the
+    same on every device and with every version of torch. The first `N mod n` of the `n` groups hold one coefficient
+    more than the others; where `n` exceeds the number `N` of coefficients, the last groups stay empty.
+
+    Returns:
+        The group of every coefficient, `(d1, d2//2 + 1)`, uint8 (int16 for more than 256 groups), on the CPU.
+    """
+    return _frequency_groups(d1, d2, kernel_num).clone()
+
+
+@lru_cache(maxsize=64)
+def _frequency_groups(d1: int, d2: int, kernel_num: int) -> Tensor:
+    # A layer may be built under `torch.device("meta")` or in inference mode; what the cache keeps must be neither.
+    with torch.inference_mode(False), torch.device("cpu"):
+        common = gcd(d1, d2)
+        rows = torch.arange(d1)
+        rows = torch.minimum(rows, d1 - rows) * (d2 // common)
+        columns = torch.arange(d2 // 2 + 1) * (d1 // common)
+        squared_radius = rows[:, None] ** 2 + columns**2
+        order = torch.sort(squared_radius.flatten(), stable=True).indices
+        return groups_from_order(order, kernel_num).view(d1, d2 // 2 + 1)
+
+
+def groups_from_order(order: Tensor, kernel_num: int) -> Tensor:
+    """Group of every coefficient, `(N,)`, from the coefficients' flat indices `(N,)` in ascending frequency."""
+    larger = len(order) % kernel_num
+    sizes = torch.full((kernel_num,), len(order) // kernel_num)
+    sizes[:larger] += 1
+    groups = torch.empty(len(order), dtype=group_dtype(kernel_num))
+    groups[order] = torch.arange(kernel_num).repeat_interleave(sizes).to(groups.dtype)
+    return groups
+
+
+def group_dtype(kernel_num: int) -> torch.dtype:
+    """The smallest integer type that holds every group number: the group map is saved with the weights."""
+    return torch.uint8 if kernel_num <= 256 else torch.int16
+
+
+def image_to_spectra(image: Tensor, ratio: int) -> Tensor:
+    """Split the spectrum of an image `(D1, D2)` into `ratio` spectra `(r, D1, D2h, 2)` that sum to it.
+
+    Equal shares would receive equal gradients and stay equal for ever. So each coefficient is shared out by weights
+    `(1 + cos(2*pi*i/r + phase))/r`, which sum to one, with a phase that differs from coefficient to coefficient.
+    """
+    spectrum = torch.view_as_real(torch.fft.rfft2(image))
+    if ratio == 1:
+        return spectrum.unsqueeze(0)
+    d1, d2_half, _ = spectrum.shape
+    golden_ratio = 0.6180339887498949  # multiples of it spread evenly over the circle
+    index = torch.arange(d1 * d2_half, dtype=torch.float64).view(d1, d2_half)
+    turns = torch.arange(ratio, dtype=torch.float64).view(ratio, 1, 1) / ratio
+    share = (1 + torch.cos(2 * torch.pi * (turns + golden_ratio * index))) / ratio
+    return spectrum * share.to(spectrum.device, spectrum.dtype).unsqueeze(-1)
+
+
+def spectra_to_image(spectra: Tensor, gain: Tensor | float, width: int) -> Tensor:
+    """Scale the spectra `(r, D1, D2h, 2)`, sum them and transform back.
+
+    Args:
+        spectra: real and imaginary parts, float32 or float64.
+        gain: factor of each coefficient of each sample, `(B, r, D1, D2h)`, or one factor for all (then `B = 1`).
+        width: `D2`; the half spectrum alone does not tell an odd width from an even one.
+
+    Returns:
+        Weight images `(B, D1, D2)`.
+    """
+    if isinstance(gain, Tensor):
+        scaled = spectra * gain.unsqueeze(-1)
+        spectrum = scaled[:, 0] if len(spectra) == 1 else scaled.sum(1)
+    else:
+        spectrum = (spectra.sum(0) * gain).unsqueeze(0)
+    return torch.fft.irfft2(torch.view_as_complex(spectrum.contiguous()), s=(spectrum.shape[1], width))

@@ -1,0 +1,62 @@
+"""What a model offers: one `Site` for every layer that could be swapped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Kind = Literal["conv", "linear"]
+Layout = Literal["NCHW", "NHWC", "tokens", "rows"]
+Role = Literal[
+    "stem",  # a convolution that reads the image
+    "shortcut",  # the lone convolution on the short side of a residual add
+    "head",  # the layer that writes the model's output: no learned layer, norm or activation follows
+    "depthwise",  # a convolution with groups == in_channels
+    "pointwise",  # any other 1x1 convolution
+    "spatial",  # any other convolution
+    "expand",  # first layer of an FFN
+    "gate",  # second first-layer of a gated FFN (GLU, SwiGLU)
+    "project",  # last layer of an FFN
+    "linear",  # a linear layer outside every FFN: attention projections, embeddings, ...
+]
+FFN_ROLES: tuple[Role, ...] = ("expand", "gate", "project")
+ROLES: tuple[str, ...] = get_args(Role)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer that could be swapped, and what one forward of the model showed about it.
+
+    `name` is the fully qualified name as `model.named_modules()` gives it first; `aliases` are the other names
+    of the same module object. For a linear layer `kernel_size`, `stride` and `dilation` are `(1, 1)`, `groups` 1,
+    and channels are features. `input_shape` is the shape of the first call's input, batch first.
+    """
+
+    name: str
+    kind: Kind
+    role: Role
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    aliases: tuple[str, ...] = ()
+    layer_class: str = ""
+    """Class name of the layer itself, e.g. `Conv2d`."""
+    parent_class: str = ""
+    """Class name of the module that holds it, e.g. `Bottleneck`."""
+    ffn: str | None = None
+    """Name shared by the layers of one FFN (the fqn of its project layer), or None outside an FFN."""
+    layout: Layout | None = None
+    """How the input is laid out; None when the layer was never called."""
+    input_shape: tuple[int, ...] | None = None
+    calls: int = 0
+    """Number of times one forward of the model calls the layer."""
+    obstacle: str | None = None
+    """Why no operator can take this layer's place, whatever the recipe says; None if nothing stands in the way."""
+
+    @property
+    def in_ffn(self) -> bool:
+        """True for the expand, gate and project layers of an FFN, be they linears or 1x1 convolutions."""
+        return self.role in FFN_ROLES

@@ -1,0 +1,42 @@
+"""Everything this library raises on purpose. All are `ValueError`s too, so that callers who know nothing of us catch them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SurgeryError(ValueError):
+    """Base of all errors raised on purpose. The message says what was wrong, where, and what would be right."""
+
+
+class RecipeError(SurgeryError):
+    """A recipe cannot be read, or a rule of it cannot be meant for this model."""
+
+
+class DiscoveryError(SurgeryError):
+    """The model could not be observed: no example input is known for it, or its forward failed."""
+
+
+class PlanError(SurgeryError):
+    """A plan does not fit the model, or would swap nothing."""
+
+
+class UnsupportedModelError(SurgeryError):
+    """The model is wrapped, compiled, quantised or scripted, and must be converted before that step."""
+
+
+class RewriteError(SurgeryError):
+    """The swap failed; the model was put back as it was."""
+
+
+class CheckpointError(SurgeryError):
+    """A saved model cannot be written or read."""
+
+
+def near_misses(word: str, known: Iterable[str], most: int = 3) -> str:
+    """`"; did you mean 'a', 'b'?"` for the entries of `known` most like `word`, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=most, cutoff=0.5)
+    if not close:
+        return ""
+    return "; did you mean " + ", ".join(repr(entry) for entry in close) + "?"
