@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import inf
 from typing import Any, Literal
 
 Gate = Literal["sigmoid", "tanh"]
@@ -57,22 +58,22 @@ class FDConfig:
     """Number of channel groups that have maps of their own."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fbm_kernel_sizes", tuple(self.fbm_kernel_sizes))
-        object.__setattr__(self, "bands", tuple(self.bands))
         for field in ("kernel_num", "param_ratio", "min_attention_channels", "band_groups"):
-            _require(getattr(self, field) >= 1, field, "at least 1", getattr(self, field))
-        for field in ("reduction", "temperature", "kernel_temperature"):
-            _require(getattr(self, field) > 0, field, "above 0", getattr(self, field))
+            value = getattr(self, field)
+            _require(_is_whole(value) and value >= 1, field, "a whole number from 1", value)
         _require(self.kernel_num <= 32767, "kernel_num", "at most 32767", self.kernel_num)
-        _require(
-            len(self.bands) > 0 and all(k >= 1 for k in self.bands) and list(self.bands) == sorted(set(self.bands)),
-            "bands",
-            "one or more ascending integers from 1",
-            self.bands,
-        )
-        _require(
-            all(k >= 1 for k in self.fbm_kernel_sizes), "fbm_kernel_sizes", "integers from 1", self.fbm_kernel_sizes
-        )
+        for field in ("reduction", "temperature", "kernel_temperature"):
+            value = getattr(self, field)
+            _require((_is_whole(value) or isinstance(value, float)) and 0 < value < inf, field, "a number above 0", value)
+        for field in ("ksm_global", "ksm_local", "band_lowfreq"):
+            _require(isinstance(getattr(self, field), bool), field, "true or false", getattr(self, field))
+        for field in ("fbm_kernel_sizes", "bands"):
+            values = getattr(self, field)
+            listed = isinstance(values, (list, tuple)) and all(_is_whole(value) and value >= 1 for value in values)
+            _require(listed, field, "a list of whole numbers from 1", values)
+            object.__setattr__(self, field, tuple(values))
+        ascending = bool(self.bands) and list(self.bands) == sorted(set(self.bands))
+        _require(ascending, "bands", "one or more ascending numbers", self.bands)
         for field, allowed in _CHOICES.items():
             _require(getattr(self, field) in allowed, field, "one of " + ", ".join(allowed), getattr(self, field))
 
@@ -89,6 +90,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "band_mask": ("exact", "interpolated"),
     "band_activation": ("sigmoid", "tanh", "softmax"),
 }
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _require(holds: bool, field: str, expected: str, value: object) -> None:

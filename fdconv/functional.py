@@ -39,7 +39,9 @@ def dynamic_weight(
     if attention is not None and attention.kernel is not None:
         kernel = attention.kernel.unflatten(1, (len(spectra), -1)) * scale
         # index_select takes no uint8, and `kernel[..., frequency_group]` would read uint8 as a mask.
-        gain = kernel.index_select(2, frequency_group.flatten().int()).unflatten(2, frequency_group.shape)
+        # One entry for the real and one for the imaginary part: a factor broadcast over a last axis of two is slow.
+        index = frequency_group.flatten().int().repeat_interleave(2)
+        gain = kernel.index_select(2, index).view(*kernel.shape[:2], *spectra.shape[1:])
     weight = image_to_weight(spectra_to_image(spectra, gain, width), kernel_size)
     # Input channels last: there the factors broadcast along contiguous memory, and a 3x3 kernel's three columns do not.
     weight = weight.movedim(2, -1).contiguous()

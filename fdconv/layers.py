@@ -114,7 +114,8 @@ class FrequencyDynamic(nn.Module):
     def reset_modulation(self) -> None:
         """Fix the frequency groups and make the modulation neutral; the static weight stays as it is."""
         out_channels, in_channels, k_h, k_w = self._kernel_shape()
-        self.frequency_group.copy_(frequency_groups(out_channels * k_h, in_channels * k_w, self.config.kernel_num))
+        if not self.frequency_group.is_meta:  # on meta there is nothing to fill, and the sort is what takes time
+            self.frequency_group.copy_(frequency_groups(out_channels * k_h, in_channels * k_w, self.config.kernel_num))
         for module in self.modules():
             if module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
@@ -142,8 +143,22 @@ class FrequencyDynamic(nn.Module):
                 plain.bias.requires_grad_(self.bias.requires_grad)
         plain.train(self.training)
 
-    def _sample_weights(self, context: Tensor) -> Tensor:
-        """The weight of every sample, `(B, C_out, C_in/groups, k_h, k_w)` in FFT precision, from `(B, C_in)`."""
+    def sample_weights(self, x: Tensor) -> Tensor:
+        """The weights that the samples of a batch are given, for those who want to look at them.
+
+        Args:
+            x: an input of the layer, with its batch axis.
+
+        Returns:
+            `(B, C_out, C_in/groups, k_h, k_w)`, float32 or float64; `B` is 1 where the weight depends on no sample.
+        """
+        return self._weights_of(self._context(x))
+
+    def _context(self, x: Tensor) -> Tensor:
+        """The mean over positions, `(B, C_in)`, in FFT precision."""
+        raise NotImplementedError
+
+    def _weights_of(self, context: Tensor) -> Tensor:
         _, in_channels, k_h, k_w = self._kernel_shape()
         spectra = self._spectra()
         with without_autocast(context.device):
@@ -224,6 +239,9 @@ class FDConv2d(FrequencyDynamic, nn.Conv2d):
     def _neutral_scale(self) -> float:
         return max(1, min(self.in_channels, self.out_channels) // 2)
 
+    def _context(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3), dtype=fft_dtype(x.dtype))
+
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, config: FDConfig = PAPER) -> FDConv2d:
         """A layer that computes what `conv` does, with its device, dtype, mode and `requires_grad`."""
@@ -240,7 +258,7 @@ class FDConv2d(FrequencyDynamic, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 3:
             return self(x.unsqueeze(0)).squeeze(0)
-        weight = self._sample_weights(x.mean((2, 3), dtype=fft_dtype(x.dtype)))
+        weight = self._weights_of(self._context(x))
         if self.FBM is not None:
             x = self.FBM(x)
         padding = self.padding
@@ -296,6 +314,10 @@ class FDLinear(FrequencyDynamic, nn.Linear):
         ratio = 1 if self.config.kernel_activation == "softmax" else self.config.param_ratio
         return max(1, min(self.in_features, self.out_features) // 2) * ratio
 
+    def _context(self, x: Tensor) -> Tensor:
+        positions = tuple(range(1, x.dim() - 1))
+        return x.mean(positions, dtype=fft_dtype(x.dtype)) if positions else x.to(fft_dtype(x.dtype))
+
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: FDConfig = PAPER) -> FDLinear:
         """A layer that computes what `linear` does, with its device, dtype, mode and `requires_grad`."""
@@ -322,10 +344,7 @@ class FDLinear(FrequencyDynamic, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 1:
             return self(x.unsqueeze(0)).squeeze(0)
-        context = x.to(fft_dtype(x.dtype))
-        if x.dim() > 2:
-            context = context.mean(tuple(range(1, x.dim() - 1)))
-        weight = self._sample_weights(context)[..., 0, 0].to(x.dtype)
+        weight = self._weights_of(self._context(x))[..., 0, 0].to(x.dtype)
         return linear_per_sample(x, weight, self.bias)
 
 

@@ -89,14 +89,14 @@ def spectra_to_image(spectra: Tensor, gain: Tensor | float, width: int) -> Tenso
 
     Args:
         spectra: real and imaginary parts, float32 or float64.
-        gain: factor of each coefficient of each sample, `(B, r, D1, D2h)`, or one factor for all (then `B = 1`).
+        gain: factors of each sample's real and imaginary parts, `(B, r, D1, D2h, 2)`, or one for all (then `B = 1`).
         width: `D2`; the half spectrum alone does not tell an odd width from an even one.
 
     Returns:
         Weight images `(B, D1, D2)`.
     """
     if isinstance(gain, Tensor):
-        scaled = spectra * gain.unsqueeze(-1)
+        scaled = spectra * gain
         spectrum = scaled[:, 0] if len(spectra) == 1 else scaled.sum(1)
     else:
         spectrum = (spectra.sum(0) * gain).unsqueeze(0)

@@ -1,4 +1,4 @@
-"""Everything this library raises on purpose. All are `ValueError`s too, so that callers who know nothing of us catch them."""
+"""Everything this library raises on purpose; all are `ValueError`s too, for callers who know nothing of us."""
 
 from __future__ import annotations
 

@@ -1,0 +1,16 @@
+"""Recipes: which sites of a family of models to swap, by which settings, and which to keep, and why."""
+
+from .library import detect_recipe, load_recipe, parse_recipe, shipped_recipes
+from .rules import KeepRule, Match, Recipe, SwapRule, check_rules_matched
+
+__all__ = [
+    "KeepRule",
+    "Match",
+    "Recipe",
+    "SwapRule",
+    "check_rules_matched",
+    "detect_recipe",
+    "load_recipe",
+    "parse_recipe",
+    "shipped_recipes",
+]

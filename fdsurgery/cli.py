@@ -1,0 +1,217 @@
+"""The command line: parses, calls the library, prints. Bad input is answered in a line or two, with exit code 2."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.core
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from .errors import SurgeryError, near_misses
+
+
+class OneMessageGroup(typer.core.TyperGroup):
+    """Errors raised on purpose become one message and exit code 2; others are ours and keep their traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SurgeryError as error:
+            Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=OneMessageGroup,
+    help="Swap the convolutions and FFN linears of a vision model for dynamic ones, without changing what it computes.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+recipes_app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+out = Console()
+
+Spec = Annotated[
+    str, typer.Argument(metavar="SPEC", help="timm:NAME, hf:REPO_OR_FOLDER, torchvision:NAME or FILE.py:FUNCTION")
+]
+RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="auto, a shipped recipe's name, or a YAML file")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="an operator setting, e.g. kernel_num=16")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+
+
+@app.command()
+def plan(
+    spec: Spec,
+    recipe: RecipeOption = "auto",
+    set_: SetOption = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained/--no-pretrained", help="load trained weights; a plan does not need them")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a conversion would do to a model, site by site. Nothing is written."""
+    from .planning import plan as make_plan
+    from .sources import build
+
+    settings = _settings(set_)
+    with _working(f"building {spec}", quiet=as_json):
+        model, _ = build(spec, pretrained=pretrained)
+    with _working("planning", quiet=as_json):
+        made = make_plan(model, _recipe(recipe), **settings)
+    if as_json:
+        print(json.dumps(made.to_dict(), indent=1))
+    else:
+        out.print(made)
+
+
+@app.command()
+def convert(
+    spec: Spec,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="folder for the converted model")],
+    recipe: RecipeOption = "auto",
+    set_: SetOption = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained/--no-pretrained", help="load trained weights, or draw random ones")
+    ] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Convert a model, verify that its outputs are unchanged, and save it for fdsurgery.load."""
+    from .checkpoint import save
+    from .discovery import example_inputs
+    from .planning import plan as make_plan
+    from .sources import build
+    from .surgery import apply
+    from .verification import verify
+
+    settings = _settings(set_)
+    with _working(f"building {spec}", quiet=as_json):
+        model, source = build(spec, pretrained=pretrained)
+    with _working("planning", quiet=as_json):
+        made = make_plan(model, _recipe(recipe), **settings)
+    if not as_json:
+        out.print(made)
+    with _working("converting", quiet=as_json):
+        before = copy.deepcopy(model)
+        apply(made, model)
+    with _working("verifying", quiet=as_json):
+        checked = verify(before, model, example_inputs(model))
+    if not checked.ok:
+        raise SurgeryError(f"{checked}; nothing was written")
+    with _working("saving", quiet=as_json):
+        save(model, output, source=source, plan=made)
+    if as_json:
+        report = {
+            "folder": str(output),
+            "swaps": len(made.swaps),
+            "parameters_added": made.parameters_added,
+            "relative_error": checked.relative_error,
+            "plan": made.to_dict(),
+        }
+        print(json.dumps(report, indent=1))
+    else:
+        out.print(str(checked))
+        out.print(f"saved to {output}; load it with fdsurgery.load({str(output)!r})", markup=False, highlight=False)
+
+
+@recipes_app.command("list")
+def list_recipes(as_json: JsonOption = False) -> None:
+    """List the shipped recipes and the models they are recognised by."""
+    from .recipe import load_recipe, shipped_recipes
+
+    loaded = {name: load_recipe(name) for name in sorted(shipped_recipes())}
+    if as_json:
+        print(json.dumps({name: recipe.description for name, recipe in loaded.items()}, indent=1))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("recipe", "description", "timm", "transformers", "torchvision"):
+        table.add_column(column, overflow="fold")
+    for name, recipe in loaded.items():
+        match = recipe.match
+        table.add_row(
+            name, recipe.description, " ".join(match.timm), " ".join(match.transformers), " ".join(match.torchvision)
+        )
+    out.print(table)
+
+
+@recipes_app.command("show")
+def show_recipe(name: Annotated[str, typer.Argument(help="a shipped recipe's name")]) -> None:
+    """Print a shipped recipe's YAML, to read or to start your own from."""
+    from .recipe import shipped_recipes
+
+    shipped = shipped_recipes()
+    if name not in shipped:
+        raise SurgeryError(
+            f"no shipped recipe is called {name!r}; known: {', '.join(sorted(shipped))}{near_misses(name, shipped)}"
+        )
+    print(shipped[name].read_text(encoding="utf-8"), end="")
+
+
+@recipes_app.command("check")
+def check_recipe(file: Annotated[str, typer.Argument(help="a YAML file, or a shipped recipe's name")]) -> None:
+    """Check a recipe; a fault is told with its line."""
+    from .recipe import load_recipe
+
+    recipe = load_recipe(_recipe(file))
+    out.print(
+        f"{file}: fine; {len(recipe.keep)} keep and {len(recipe.swap)} swap rules, inherited ones included",
+        markup=False,
+        highlight=False,
+    )
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="folder for the picture")] = Path(
+        "fdsurgery-demo"
+    ),
+    epochs: Annotated[int, typer.Option(min=1, help="epochs of fine-tuning for either model")] = 3,
+    seed: Annotated[int, typer.Option(help="seed of all random numbers")] = 0,
+) -> None:
+    """Train a small model on handwritten digits, convert it, and fine-tune both: about two minutes on two cores."""
+    from .demo import run
+
+    run(output, epochs=epochs, seed=seed, console=out)
+
+
+def main() -> None:
+    """Entry point of the `fdsurgery` command."""
+    app()
+
+
+def _settings(pairs: list[str] | None) -> dict[str, Any]:
+    """`KEY=VALUE` pairs, values read as YAML."""
+    settings = {}
+    for pair in pairs or []:
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise SurgeryError(f"--set takes KEY=VALUE, e.g. kernel_num=16, not {pair!r}")
+        try:
+            settings[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise SurgeryError(f"--set {key}: {value!r} is no YAML value") from None
+    return settings
+
+
+def _recipe(text: str) -> str | Path:
+    """A name or a path; a file in the current folder needs no `./`."""
+    return Path(text) if os.sep in text or text.endswith((".yaml", ".yml")) else text
+
+
+def _working(what: str, *, quiet: bool) -> Any:
+    """A spinner on stderr, so that stdout holds the result alone."""
+    return Console(stderr=True, quiet=quiet).status(f"{what} ...")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Why a layer cannot be replaced, in words for the person who wondered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from .flow import Flow, layer_input, shape_of
+
+
+def find_obstacles(model: nn.Module, flow: Flow) -> dict[str, str]:
+    """The reason against replacing, for every layer that has one.
+
+    Args:
+        model: the model whose forward `flow` shows; its layers have the names used there.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{name}.{key}" if name else key)
+    readers = _readers(flow)
+    found: dict[str, str] = {}
+    for name, layer in flow.layers.items():
+        reason = (
+            _of_the_layer(name, layer)
+            or _of_its_weights(name, layer, owners)
+            or _read_past(readers.get(name), modules)
+            or _of_its_input(flow, name)
+        )
+        if reason:
+            found[name] = reason
+    return found
+
+
+def _of_the_layer(name: str, layer: nn.Module) -> str | None:
+    from fdconv import FDConv2d, FDLinear
+
+    if not name:
+        return "it is the whole model; put it into a module, and that module can be converted"
+    if isinstance(layer, (FDConv2d, FDLinear)):
+        return "it is dynamic already"
+    if any(parameter is not None and is_lazy(parameter) for parameter in layer._parameters.values()):
+        return "its parameters are uninitialised; run the model once, so that it gets its shape"
+    if parametrize.is_parametrized(layer):
+        return "its parameters are parametrised (torch.nn.utils.parametrize); remove the parametrisation first"
+    base = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    kind = type(layer)
+    own = kind.forward is base.forward and getattr(kind, "_conv_forward", None) is getattr(base, "_conv_forward", None)
+    if not own:
+        return f"its forward is not nn.{base.__name__}'s own; {kind.__name__} computes something else, or in another way"
+    if "forward" in vars(layer) and "_hf_hook" not in vars(layer):
+        return "its forward was replaced on this very module, and would be lost with it"
+    return None
+
+
+def _of_its_weights(name: str, layer: nn.Module, owners: Mapping[int, list[str]]) -> str | None:
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        return "its weight is not a parameter but computed before each call, as by weight norm, spectral norm or pruning"
+    if not weight.is_floating_point():
+        return f"its weight is not floating point but {weight.dtype}; dequantise the model first"
+    if type(weight.data) is not torch.Tensor:
+        return f"its weight is a {type(weight.data).__name__}, not a plain tensor"
+    for parameter in layer._parameters.values():
+        others = [other for other in owners.get(id(parameter), ()) if other.rpartition(".")[0] != name]
+        if parameter is not None and others:
+            return f"it shares a parameter with {others[0]!r}; the two would drift apart"
+    return None
+
+
+def _readers(flow: Flow) -> dict[str, str]:
+    """Layers whose parameters are read other than by calling them, with the module whose forward does so."""
+    readers: dict[str, str] = {}
+    for node in flow.nodes:
+        owner = str(node.target).rpartition(".")[0] if node.op == "get_attr" else ""
+        if owner in flow.layers:
+            readers.setdefault(owner, next((user.meta.get("fqn", "") for user in node.users), ""))
+    return readers
+
+
+def _read_past(reader: str | None, modules: Mapping[str, nn.Module]) -> str | None:
+    if reader is None:
+        return None
+    kind = type(modules[reader]).__name__ if reader in modules else "the model"
+    return f"its weight is read past the layer by {reader or 'the model'!r} ({kind})"
+
+
+def _of_its_input(flow: Flow, name: str) -> str | None:
+    calls = flow.calls.get(name)
+    if not calls:
+        return "the model's forward never calls it"
+    inputs = [layer_input(call) for call in calls]
+    if isinstance(flow.layers[name], nn.Conv2d):
+        if all(math.prod((shape_of(given) or (0,))[-2:]) == 1 for given in inputs):
+            return "its input is one pixel: it costs nothing and offers nothing to adapt to"
+    if not any(given in flow.from_input for given in inputs):
+        return "its input does not depend on the model's input, so there is nothing to adapt to"
+    return None

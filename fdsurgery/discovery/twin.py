@@ -1,0 +1,128 @@
+"""A copy of a model to look at, so that looking never changes the model itself.
+
+The copy has the structure and the Python attributes of the model, but no memory of its own for weights: they lie on the
+meta device (shapes and no values), or are the model's own, shared. What users hung onto the model (forward hooks,
+accelerate's device hooks) does not come along, since it closes over state that is not ours to touch.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
+
+
+def twin_of(model: nn.Module, *, meta: bool) -> tuple[nn.Module, list[Tensor]]:
+    """Copy a model for one forward in eval mode.
+
+    Args:
+        model: any module; it is only read.
+        meta: put every tensor of the copy on the meta device; otherwise parameters are shared and all else is cloned.
+
+    Returns:
+        The copy, with the module names of the model, and the tensors in it that are neither parameter nor buffer
+        (cached position indices and the like).
+
+    Raises:
+        Exception: whatever `copy.deepcopy` says when the model cannot be copied at all.
+    """
+    with torch.no_grad(), _CopyTensors(meta) as copies:
+        try:
+            twin = copy.deepcopy(model, _memo(model, meta))
+        except Exception:
+            # An attribute somewhere (a file, a lock, a user's trainer) has no copy; it is shared instead.
+            twin = copy.deepcopy(model, _memo(model, meta) | _uncopyable(model, meta))
+    for module in twin.modules():
+        # Not `twin.eval()`: a class may do more than flip a flag there, such as merging weights that we share.
+        module.__dict__["training"] = False
+        _strip_hooks(module)
+    return twin, copies.tensors
+
+
+class _CopyTensors(TorchFunctionMode):
+    """Decides, inside `copy.deepcopy`, what becomes of tensors that no module registered."""
+
+    def __init__(self, meta: bool) -> None:
+        super().__init__()
+        self.meta = meta
+        self.tensors: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        # `clone` is how an unregistered Parameter copies itself.
+        if func is not Tensor.__deepcopy__ and func is not Tensor.clone:
+            return func(*args, **(kwargs or {}))
+        tensor = args[0]
+        twin = _on_meta(tensor) if self.meta else tensor.detach().clone()
+        self.tensors.append(twin)
+        if func is Tensor.__deepcopy__:
+            memo = args[1]
+            memo[id(tensor)] = twin
+        return twin
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    """The same shape, strides and dtype without values."""
+    try:
+        return torch.empty_like(tensor, device="meta")
+    except (RuntimeError, NotImplementedError):  # sparse and quantized layouts have no meta form
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def _memo(model: nn.Module, meta: bool) -> dict[int, Any]:
+    """What `copy.deepcopy` shall take for the objects it meets, by their ids."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and not is_lazy(parameter):
+                memo[id(parameter)] = (
+                    nn.Parameter(_on_meta(parameter.detach()), parameter.requires_grad) if meta else parameter
+                )
+        for buffer in module._buffers.values():
+            if buffer is not None and not is_lazy(buffer):
+                memo[id(buffer)] = _on_meta(buffer) if meta else buffer.detach().clone()
+        for hooks in _hook_dicts(module):
+            memo.update((id(hook), None) for hook in hooks.values() if not _torch_owns(hook))
+        if "_hf_hook" in vars(module):
+            memo[id(module._hf_hook)] = None
+    return memo
+
+
+def _uncopyable(model: nn.Module, meta: bool) -> dict[int, Any]:
+    """Memo entries that share every plain attribute that has no copy."""
+    shared: dict[int, Any] = {}
+    memo = _memo(model, meta)
+    memo.update((id(module), module) for module in model.modules())
+    for module in model.modules():
+        for value in vars(module).values():
+            try:
+                copy.deepcopy(value, dict(memo))
+            except Exception:
+                shared[id(value)] = value
+    return shared
+
+
+def _hook_dicts(module: nn.Module) -> list[dict[int, Any]]:
+    return [value for key, value in vars(module).items() if key.endswith("_hooks") and isinstance(value, dict)]
+
+
+def _torch_owns(hook: Any) -> bool:
+    """True for hooks by which torch itself computes weights: weight norm, spectral norm, pruning, lazy modules."""
+    return (getattr(hook, "__module__", None) or "").startswith(("torch.nn.utils.", "torch.nn.modules."))
+
+
+def _strip_hooks(module: nn.Module) -> None:
+    for hooks in _hook_dicts(module):
+        for key in [key for key, hook in hooks.items() if hook is None]:
+            del hooks[key]
+    attributes = vars(module)
+    # transformers remembers having hung its own hooks; without the mark it hangs them again, on the copy.
+    attributes.pop("_output_capturing_hooks_installed", None)
+    if "_hf_hook" in attributes:
+        del attributes["_hf_hook"]
+        attributes.pop("forward", None)
+        if "_old_forward" in attributes:
+            attributes["forward"] = attributes.pop("_old_forward")

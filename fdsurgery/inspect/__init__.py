@@ -1,0 +1,5 @@
+"""Looking at what layers have learned."""
+
+from .frequency import kernel_response, radial_profile
+
+__all__ = ["kernel_response", "radial_profile"]

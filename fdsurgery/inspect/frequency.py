@@ -1,0 +1,41 @@
+"""Frequency responses of convolution kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def kernel_response(weight: Tensor, size: int = 64) -> Tensor:
+    """Mean magnitude of the kernels' frequency responses, zero frequency in the middle.
+
+    Each `k_h x k_w` kernel is padded with zeros to `size x size` and transformed, as in FDConv (arXiv 2503.18783),
+    figure 1.
+
+    Args:
+        weight: `(..., k_h, k_w)`.
+        size: frequencies on either axis.
+
+    Returns:
+        `(size, size)`, float64; index `size // 2` is frequency 0, index 0 half a cycle a pixel.
+    """
+    response = torch.fft.fft2(weight.detach().to("cpu", torch.float64), s=(size, size)).abs()
+    return torch.fft.fftshift(response.flatten(0, -3).mean(0)) if weight.dim() > 2 else torch.fft.fftshift(response)
+
+
+def radial_profile(response: Tensor) -> tuple[Tensor, Tensor]:
+    """Average a response over circles.
+
+    Args:
+        response: `(size, size)`, zero frequency in the middle.
+
+    Returns:
+        Radii in cycles a pixel from 0 to 0.5, and the mean of the response at each; both `(size // 2 + 1,)`.
+    """
+    size = len(response)
+    axis = torch.arange(size) - size // 2
+    radius = (axis[:, None] ** 2 + axis**2).sqrt().round().long()
+    inside = radius <= size // 2
+    sums = torch.zeros(size // 2 + 1, dtype=response.dtype).index_add_(0, radius[inside], response[inside])
+    counts = torch.bincount(radius[inside], minlength=size // 2 + 1)
+    return torch.arange(size // 2 + 1) / size, sums / counts

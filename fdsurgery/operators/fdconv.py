@@ -1,0 +1,56 @@
+"""Frequency Dynamic Convolution as an operator."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+
+from fdconv import FDConfig, FDConv2d, FDLinear
+
+from ..discovery.site import Site
+from ..errors import RecipeError, near_misses
+
+
+class FDConvOperator:
+    """Puts `FDConv2d` in the place of convolutions and `FDLinear` in the place of linear layers."""
+
+    name = "fdconv"
+
+    def settings(self, values: dict[str, Any]) -> dict[str, Any]:
+        known = [field.name for field in fields(FDConfig)]
+        for key in values:
+            if key not in known:
+                raise RecipeError(
+                    f"{key!r} is no setting of fdconv; known: {', '.join(known)}{near_misses(key, known)}"
+                )
+        try:
+            return FDConfig(**values).to_dict()
+        except (TypeError, ValueError) as error:
+            raise RecipeError(str(error)) from None
+
+    def refusal(self, site: Site, settings: dict[str, Any]) -> str | None:
+        config = FDConfig(**settings)
+        banded = site.kind == "conv" and site.kernel_size[0] == site.kernel_size[1] in config.fbm_kernel_sizes
+        if banded and site.in_channels % config.band_groups:
+            return f"band_groups={config.band_groups} does not divide its {site.in_channels} input channels"
+        return None
+
+    def replace(self, layer: nn.Module, settings: dict[str, Any]) -> nn.Module:
+        config = FDConfig(**settings)
+        if isinstance(layer, nn.Conv2d):
+            return FDConv2d.from_conv(layer, config)
+        assert isinstance(layer, nn.Linear)
+        return FDLinear.from_linear(layer, config)
+
+    def owns(self, layer: nn.Module) -> bool:
+        return isinstance(layer, (FDConv2d, FDLinear))
+
+    def settings_of(self, layer: nn.Module) -> dict[str, Any]:
+        assert isinstance(layer, (FDConv2d, FDLinear))
+        return layer.config.to_dict()
+
+    def restore(self, layer: nn.Module) -> nn.Module:
+        assert isinstance(layer, (FDConv2d, FDLinear))
+        return layer.to_conv() if isinstance(layer, FDConv2d) else layer.to_linear()

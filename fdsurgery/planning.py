@@ -1,0 +1,250 @@
+"""Recipe times sites gives a plan: for every site, swap (by which rule) or keep (why). Nothing is touched here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .discovery import observe
+from .discovery.site import Site
+from .errors import PlanError, near_misses
+from .operators import get_operator
+from .recipe import Recipe, check_rules_matched, detect_recipe, load_recipe
+from .rewrite.supported import refuse_unsupported
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+FORMAT = 1
+"""Version of `Plan.to_dict`."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one site."""
+
+    site: Site
+    reason: str
+    """Why it is kept, or which layers the rule that swaps it names, in words."""
+    rule: str | None = None
+    """The rule that decided, as `file:line`; None where no rule did."""
+    operator: str | None = None
+    """Name of the operator that takes the site; None to keep it."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Complete settings of the operator."""
+    parameters_added: int = 0
+    """Number of parameters the layer gains."""
+
+    @property
+    def swap(self) -> bool:
+        """True if the site is to be swapped."""
+        return self.operator is not None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decision for every site of a model. Printable, comparable, and savable as plain JSON types."""
+
+    recipe: str
+    """Name of the recipe."""
+    recognised: str
+    """How the recipe was chosen, in words."""
+    model_class: str
+    tracer: str
+    """How the model was observed: `meta` (no compute) or `real`."""
+    decisions: tuple[Decision, ...]
+    example_inputs: Any = field(default=None, compare=False, repr=False)
+    """The caller's example inputs, used again for the check after surgery; not part of `to_dict`."""
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """All sites, in the model's order."""
+        return tuple(decision.site for decision in self.decisions)
+
+    @property
+    def swaps(self) -> tuple[Decision, ...]:
+        """The decisions to swap."""
+        return tuple(decision for decision in self.decisions if decision.swap)
+
+    @property
+    def kept(self) -> tuple[Decision, ...]:
+        """The decisions to keep."""
+        return tuple(decision for decision in self.decisions if not decision.swap)
+
+    @property
+    def parameters_added(self) -> int:
+        """Number of parameters the model gains."""
+        return sum(decision.parameters_added for decision in self.swaps)
+
+    def keeping(self, pattern: str, because: str) -> Plan:
+        """This plan with the swaps whose name matches a glob kept instead. Raises `PlanError` if none does."""
+        kept = [decision.site.name for decision in self.swaps if fnmatchcase(decision.site.name, pattern)]
+        if not kept:
+            names = [decision.site.name for decision in self.swaps]
+            raise PlanError(f"no swap of this plan matches {pattern!r}{near_misses(pattern, names)}")
+        return replace(
+            self,
+            decisions=tuple(
+                Decision(decision.site, because) if decision.site.name in kept else decision
+                for decision in self.decisions
+            ),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain JSON types."""
+        return {
+            "format": FORMAT,
+            "recipe": self.recipe,
+            "recognised": self.recognised,
+            "model_class": self.model_class,
+            "tracer": self.tracer,
+            "decisions": [asdict(decision) for decision in self.decisions],
+        }
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Plan:
+        """Undo `to_dict`. Raises `PlanError` for data that is not a plan of a version this library knows."""
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise PlanError(f"not a plan of format {FORMAT}: found {found!r}")
+        try:
+            return Plan(
+                data["recipe"],
+                data["recognised"],
+                data["model_class"],
+                data["tracer"],
+                tuple(_decision_from_dict(entry) for entry in data["decisions"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise PlanError(f"the plan is damaged: {error}") from None
+
+    def summary(self) -> str:
+        """One line: how much is swapped, by which recipe, at what cost."""
+        return (
+            f"{self.model_class}: {len(self.swaps)} of {len(self.decisions)} sites swapped, "
+            f"+{self.parameters_added:,} parameters (recipe {self.recipe}: {self.recognised})"
+        )
+
+    def __rich__(self) -> Table:
+        from .report import plan_table
+
+        return plan_table(self)
+
+    def __str__(self) -> str:
+        from .report import render
+
+        return render(self)
+
+
+def plan(
+    model: nn.Module,
+    recipe: str | Path | Recipe = "auto",
+    *,
+    example_inputs: Any = None,
+    **overrides: Any,
+) -> Plan:
+    """Decide for every site of a model whether to swap it. The model is not touched.
+
+    Args:
+        model: any vision model. It is observed in one forward of a copy, on meta tensors if that works.
+        recipe: `auto` to recognise the family (else `generic`), a shipped recipe's name, a YAML file, or a `Recipe`.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments for one forward; needed
+            only where they cannot be told from the model.
+        **overrides: operator settings that win over every rule's `with`, e.g. `kernel_num=16`.
+
+    Returns:
+        The plan; `print` shows it as a table, `apply` carries it out.
+
+    Raises:
+        RecipeError: the recipe is broken, a rule of it matches no site, or an override is no setting.
+        DiscoveryError: the model could not be run; pass `example_inputs`.
+        UnsupportedModelError: the model is wrapped, compiled, quantised or scripted.
+    """
+    refuse_unsupported(model)
+    name, recognised = str(recipe), "named by the caller"
+    if recipe == "auto":
+        name, recognised = detect_recipe(model)
+    if isinstance(recipe, Recipe):
+        chosen, name = recipe, recipe.name
+    else:
+        chosen = load_recipe(name if recipe == "auto" else recipe)
+        name = chosen.name
+    for rule in chosen.swap:  # before the model is run: a wrong override should not take a forward to be told
+        get_operator(rule.operator).settings({**rule.settings, **overrides})
+    seen = observe(model, example_inputs)
+    check_rules_matched(chosen, seen.sites)
+    decisions = tuple(_decide(site, chosen, overrides) for site in seen.sites)
+    decisions = tuple(
+        replace(decision, parameters_added=_parameters_added(model.get_submodule(decision.site.name), decision))
+        if decision.swap
+        else decision
+        for decision in decisions
+    )
+    return Plan(name, recognised, type(model).__name__, seen.tracer, decisions, example_inputs)
+
+
+def why_nothing(plan: Plan) -> str:
+    """The reasons for which a plan keeps its sites, most frequent first."""
+    if not plan.decisions:
+        return "the model has neither Conv2d nor Linear layers"
+    tally = Counter(decision.reason for decision in plan.kept)
+    return "; ".join(f"{count} x {reason}" for reason, count in tally.most_common(5))
+
+
+def _decide(site: Site, recipe: Recipe, overrides: dict[str, Any]) -> Decision:
+    """Keep rules win over swap rules, and the first swap rule that matches wins over later ones."""
+    if site.obstacle is not None:
+        return Decision(site, site.obstacle)
+    for keep in recipe.keep:
+        if keep.matches(site):
+            return Decision(site, keep.because, rule=keep.label)
+    for swap in recipe.swap:
+        if swap.matches(site):
+            operator = get_operator(swap.operator)
+            settings = operator.settings({**swap.settings, **overrides})
+            refusal = operator.refusal(site, settings)
+            if refusal is not None:
+                return Decision(site, refusal, rule=swap.label)
+            return Decision(site, swap.describe(), swap.label, swap.operator, settings)
+    return Decision(site, "no rule asks for it")
+
+
+def _parameters_added(layer: nn.Module, decision: Decision) -> int:
+    """Parameters of the new layer less those of the old, counted on a twin without memory."""
+    assert decision.operator is not None
+    plain = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    with torch.device("meta"):
+        if isinstance(layer, nn.Conv2d):
+            twin: nn.Module = nn.Conv2d(
+                layer.in_channels,
+                layer.out_channels,
+                layer.kernel_size,
+                groups=layer.groups,
+                bias=layer.bias is not None,
+            )
+        else:
+            assert isinstance(layer, plain)
+            twin = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+        new = get_operator(decision.operator).replace(twin, decision.settings)
+    return _count(new) - _count(twin)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _decision_from_dict(data: dict[str, Any]) -> Decision:
+    site = dict(data["site"])
+    for name in ("kernel_size", "stride", "dilation", "aliases", "input_shape"):
+        if site.get(name) is not None:
+            site[name] = tuple(site[name])
+    unknown = set(site) - {entry.name for entry in fields(Site)}
+    if unknown:
+        raise TypeError(f"unknown site fields {sorted(unknown)}")
+    return Decision(**{**data, "site": Site(**site)})

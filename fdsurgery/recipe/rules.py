@@ -1,0 +1,90 @@
+"""A recipe, ready to decide: rules that know where they were written, and whether they mean any site at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..discovery.site import Site
+from ..errors import RecipeError
+from .conditions import Where
+
+
+@dataclass(frozen=True)
+class _Rule:
+    where: Where
+    file: str
+    line: int
+    column: int
+    key: str
+    """Which entry of the file it is, e.g. `swap[0]`."""
+    optional: bool
+    """True if it may match no site."""
+
+    @property
+    def label(self) -> str:
+        """Where the rule stands: `file:line`."""
+        return f"{self.file}:{self.line}"
+
+    def matches(self, site: Site) -> bool:
+        """True if the rule means this site."""
+        return self.where.matches(site)
+
+
+@dataclass(frozen=True)
+class KeepRule(_Rule):
+    """Sites that stay as they are. Wins over every swap rule."""
+
+    because: str
+    """The reason, shown in the plan."""
+
+
+@dataclass(frozen=True)
+class SwapRule(_Rule):
+    """Sites to swap, unless a keep rule or an earlier swap rule means them too."""
+
+    operator: str
+    """Name of the operator, e.g. `fdconv`."""
+    settings: dict[str, Any]
+    """What the rule's `with` says."""
+
+    def describe(self) -> str:
+        """The rule's conditions in words."""
+        return self.where.describe()
+
+
+@dataclass(frozen=True)
+class Match:
+    """Models that a recipe is for, as globs."""
+
+    timm: tuple[str, ...] = ()
+    """Architectures, e.g. `convnext*`."""
+    transformers: tuple[str, ...] = ()
+    """Values of `config.model_type`, e.g. `convnextv2`."""
+    torchvision: tuple[str, ...] = ()
+    """Model classes, e.g. `ConvNeXt`."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Rules for a family of models, inherited ones included. Made by `load_recipe`."""
+
+    name: str
+    description: str = ""
+    match: Match = field(default_factory=Match)
+    keep: tuple[KeepRule, ...] = ()
+    swap: tuple[SwapRule, ...] = ()
+
+
+def check_rules_matched(recipe: Recipe, sites: Sequence[Site]) -> None:
+    """Raise `RecipeError`, with the nearest sites, for a rule that matches none and is not optional."""
+    for rule in (*recipe.keep, *recipe.swap):
+        if rule.optional or any(rule.matches(site) for site in sites):
+            continue
+        nearest = rule.where.nearest(sites)
+        raise RecipeError(
+            f"{rule.file}:{rule.line}:{rule.column}: {rule.key}: no site of this model has {rule.where.describe()}; "
+            + (f"nearest: {nearest}; " if nearest else "the model has no convolution or linear layer; ")
+            + "correct the rule, or give it `optional: true`"
+        )

@@ -1,0 +1,158 @@
+"""What a recipe file may say."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from ..errors import RecipeError, near_misses
+from ..operators import get_operator
+from .conditions import Patterns, Where
+from .rules import KeepRule, Match, SwapRule
+from .yaml_source import KeyPath, YamlSource
+
+
+def _one_or_more(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_one_or_more)]
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+
+
+class MatchEntry(_Closed):
+    """How models of the family are recognised."""
+
+    timm: Patterns = ()
+    transformers: Patterns = ()
+    torchvision: Patterns = ()
+
+
+class KeepEntry(Where):
+    """An entry of `keep`: conditions and the reason."""
+
+    because: Annotated[str, Field(min_length=1)]
+    optional: bool = False
+
+
+class SwapEntry(_Closed):
+    """An entry of `swap`."""
+
+    where: Where
+    operator: str = "fdconv"
+    with_: dict[str, Any] = Field(default_factory=dict, alias="with")
+    optional: bool = False
+
+
+class RecipeFile(_Closed):
+    """A whole file."""
+
+    description: str = ""
+    source: str = ""
+    extends: Texts = ()
+    match: MatchEntry = MatchEntry()
+    keep: tuple[KeepEntry, ...] = Field(default=(), strict=False)
+    swap: tuple[SwapEntry, ...] = Field(default=(), strict=False)
+
+    def match_rules(self) -> Match:
+        """The globs by which the family is recognised."""
+        return Match(self.match.timm, self.match.transformers, self.match.torchvision)
+
+    def keep_rules(self, source: YamlSource) -> tuple[KeepRule, ...]:
+        """The entries of `keep`, each with its place in the file."""
+        rules = []
+        for index, entry in enumerate(self.keep):
+            where = Where.model_construct(**entry.given())
+            rules.append(KeepRule(where, *_place(source, "keep", index), entry.optional, entry.because))
+        return tuple(rules)
+
+    def swap_rules(self, source: YamlSource) -> tuple[SwapRule, ...]:
+        """The entries of `swap`, each with its place in the file."""
+        return tuple(
+            SwapRule(entry.where, *_place(source, "swap", index), entry.optional, entry.operator, entry.with_)
+            for index, entry in enumerate(self.swap)
+        )
+
+
+def read_file(source: YamlSource) -> RecipeFile:
+    """Check a document against the schema.
+
+    Raises:
+        RecipeError: the first fault, as `file:line:column: keys: what was wrong; what would be right`.
+    """
+    if not isinstance(source.data, dict):
+        raise source.error(
+            (), f"a recipe is a mapping of {', '.join(RecipeFile.model_fields)}, not {_kind(source.data)}"
+        )
+    try:
+        file = RecipeFile.model_validate(source.data)
+    except ValidationError as error:
+        faults = sorted((_fault(fault, source) for fault in error.errors()), key=lambda fault: fault[0])
+        raise faults[0][1] from None
+    for index, keep in enumerate(file.keep):
+        if not keep.given():
+            raise source.error(("keep", index), f"says which sites by none of {', '.join(Where.model_fields)}")
+    for index, swap in enumerate(file.swap):
+        if not swap.where.given():
+            raise source.error(("swap", index, "where"), f"says which sites by none of {', '.join(Where.model_fields)}")
+        try:
+            get_operator(swap.operator)
+        except RecipeError as error:
+            raise source.error(("swap", index, "operator"), str(error)) from None
+        _check_settings(source, ("swap", index, "with"), swap)
+    return file
+
+
+def _check_settings(source: YamlSource, path: KeyPath, swap: SwapEntry) -> None:
+    operator = get_operator(swap.operator)
+    for key, value in swap.with_.items():  # one by one, to tell which of them is wrong
+        try:
+            operator.settings({key: value})
+        except RecipeError as error:
+            raise source.error((*path, key), str(error)) from None
+    try:
+        operator.settings(swap.with_)
+    except RecipeError as error:
+        raise source.error(path, str(error)) from None
+
+
+def _place(source: YamlSource, section: str, index: int) -> tuple[str, int, int, str]:
+    line, column = source.places[(section, index)]
+    return source.file, line, column, f"{section}[{index}]"
+
+
+def _fault(fault: Any, source: YamlSource) -> tuple[tuple[int, int], RecipeError]:
+    """One of pydantic's errors in our words, with the place to sort by."""
+    path: KeyPath = fault["loc"]
+    kind, given = fault["type"], fault["input"]
+    if kind == "extra_forbidden":
+        known = _keys_at(path[:-1])
+        message = f"no such key; known: {', '.join(known)}{near_misses(str(path[-1]), known)}"
+    elif kind == "missing":
+        message = f"{path[-1]!r} is missing" + (": say why these sites are kept" if path[-1] == "because" else "")
+        path = path[:-1]
+    elif kind == "value_error":
+        message = str(fault["ctx"]["error"])
+    else:
+        message = f"{fault['msg'][:1].lower()}{fault['msg'][1:]}, not {_kind(given)}"
+    place = next(source.places[path[:end]] for end in range(len(path), -1, -1) if path[:end] in source.places)
+    return place, source.error(path, message)
+
+
+def _keys_at(path: KeyPath) -> list[str]:
+    models: dict[KeyPath, type[BaseModel]] = {(): RecipeFile, ("match",): MatchEntry, ("keep",): KeepEntry}
+    models |= {("swap",): SwapEntry, ("swap", "where"): Where}
+    model = models[tuple(step for step in path if isinstance(step, str))]
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, (dict, list)):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    return repr(value)

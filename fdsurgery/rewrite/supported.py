@@ -1,0 +1,59 @@
+"""Models that must be converted at an earlier step of their life, recognised before anything is touched."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..errors import UnsupportedModelError
+
+_QUANTISED_MODULES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "bitsandbytes.", "auto_gptq.", "awq.")
+
+
+def refuse_unsupported(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError`, with the remedy, if layers of this model cannot be swapped in place."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"expected a torch.nn.Module, not {type(model).__name__}")
+    for refusal in (_wrapped(model), _quantised(model), _adapted(model)):
+        if refusal is not None:
+            raise UnsupportedModelError(refusal)
+
+
+def _wrapped(model: nn.Module) -> str | None:
+    name = type(model).__name__
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return f"the model is wrapped in {name}; convert model.module first, then wrap it"
+    if isinstance(model, torch.jit.ScriptModule):
+        return "the model is a TorchScript module; convert the Python model it was made from"
+    if hasattr(model, "_orig_mod"):
+        return "the model is compiled; convert the plain model (model._orig_mod), then call torch.compile"
+    # Class names, because importing FSDP is slow and fails where torch was built without distributed support.
+    for module in model.modules():
+        if type(module).__name__ == "FullyShardedDataParallel" or any(
+            base.__name__ == "FSDPModule" for base in type(module).__mro__
+        ):
+            return "the model is sharded by FSDP; convert it first, then shard it"
+    for fqn, parameter in model.named_parameters():
+        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
+            return f"{fqn!r} is a DTensor; convert the model first, then parallelise it"
+    return None
+
+
+def _quantised(model: nn.Module) -> str | None:
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        return "the model is quantised; convert the full-precision model, then quantise it"
+    for fqn, module in model.named_modules():
+        if type(module).__module__.startswith(_QUANTISED_MODULES):
+            return f"{fqn!r} is quantised ({type(module).__name__}); convert the full-precision model, then quantise it"
+    return None
+
+
+def _adapted(model: nn.Module) -> str | None:
+    for fqn, module in model.named_modules():
+        if type(module).__module__.startswith("peft."):
+            where = f"{fqn!r}" if fqn else "the model"
+            return (
+                f"{where} carries a PEFT adapter ({type(module).__name__}); call merge_and_unload(), convert, "
+                "and add adapters afterwards"
+            )
+    return None

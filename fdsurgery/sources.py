@@ -1,0 +1,195 @@
+"""Where a model comes from: `timm:resnet50`, `hf:FOLDER`, `torchvision:maskrcnn_resnet50_fpn`, `file.py:function`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .errors import CheckpointError, SurgeryError, near_misses
+
+FORMS = "timm:NAME, hf:REPO_OR_FOLDER, torchvision:NAME or FILE.py:FUNCTION"
+_EXTRAS = {"timm": "timm", "transformers": "hf", "torchvision": "torchvision"}
+
+
+class SourceError(SurgeryError):
+    """A model cannot be built from what was given."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Enough to build the plain model again, without its weights."""
+
+    library: str
+    """`timm`, `transformers`, `torchvision` or `file`."""
+    name: str
+    """Architecture, model class, builder, or `FILE.py:FUNCTION`."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the builder; for transformers, the model's config."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `Source(**source.to_dict())` gives an equal source."""
+        return asdict(self)
+
+
+def build(spec: str, *, pretrained: bool) -> tuple[nn.Module, Source]:
+    """Build the model a SPEC names.
+
+    Args:
+        spec: `timm:NAME`, `hf:REPO_OR_FOLDER`, `torchvision:NAME` or `FILE.py:FUNCTION`.
+        pretrained: load trained weights (for a file, what its function loads is its own affair).
+
+    Returns:
+        The model in eval mode, and the source to save with it.
+
+    Raises:
+        SourceError: the SPEC has no known form, names nothing, or what it names cannot be loaded.
+    """
+    library, separator, name = spec.partition(":")
+    if library == "timm" and name:
+        model, source = _timm(name, pretrained)
+    elif library == "hf" and name:
+        model, source = _transformers(name, pretrained)
+    elif library == "torchvision" and name:
+        model, source = _torchvision(name, pretrained)
+    elif ".py:" in spec:
+        model, source = _file(spec)
+    else:
+        guess = near_misses(library, ("timm", "hf", "torchvision")) if separator else ""
+        raise SourceError(f"{spec!r} names no model; expected {FORMS}{guess}")
+    return model.eval(), source
+
+
+def rebuild(source: Source) -> nn.Module:
+    """Build the plain model of a saved source, with weights that mean nothing yet.
+
+    Raises:
+        CheckpointError: the source is a file, whose code is not run without being asked for, or is unknown.
+        SourceError: the library is missing or does not know the model.
+    """
+    if source.library == "timm":
+        return _create_timm(source.name, pretrained=False, **source.arguments)
+    if source.library == "torchvision":
+        return _create_torchvision(source.name, pretrained=False, **source.arguments)
+    if source.library == "transformers":
+        transformers = _import("transformers")
+        model_class = getattr(transformers, source.name, None)
+        if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
+            raise CheckpointError(f"transformers {transformers.__version__} has no model class {source.name!r}")
+        return model_class(model_class.config_class.from_dict(dict(source.arguments)))
+    if source.library == "file":
+        raise CheckpointError(
+            f"the model was built by {source.name}, and code is not run on loading; "
+            "build the plain model yourself and pass it: fdsurgery.load(folder, model=...)"
+        )
+    raise CheckpointError(f"unknown source library {source.library!r}; expected timm, transformers or torchvision")
+
+
+def infer(model: nn.Module) -> Source:
+    """The source of a model that its own attributes tell: transformers' config, timm's `pretrained_cfg`.
+
+    Raises:
+        CheckpointError: the model does not say where it comes from.
+    """
+    library = type(model).__module__.partition(".")[0]
+    if library == "transformers" and hasattr(model, "config"):
+        return Source("transformers", type(model).__name__, model.config.to_dict())
+    cfg = getattr(model, "pretrained_cfg", None)
+    if library == "timm" and cfg and cfg.get("architecture"):
+        arguments = {"num_classes": model.num_classes} if hasattr(model, "num_classes") else {}
+        return Source("timm", cfg["architecture"], arguments)
+    raise CheckpointError(
+        f"a {type(model).__name__} does not say how it was built; pass source=, a fdsurgery.Source such as "
+        'Source("torchvision", "resnet50") or Source("file", "models.py:build")'
+    )
+
+
+def _timm(name: str, pretrained: bool) -> tuple[nn.Module, Source]:
+    return _create_timm(name, pretrained), Source("timm", name)
+
+
+def _create_timm(name: str, pretrained: bool, **arguments: Any) -> nn.Module:
+    timm = _import("timm")
+    if not timm.is_model(name.partition(".")[0]) and "/" not in name:
+        raise SourceError(f"timm has no model {name!r}{near_misses(name, timm.list_models())}")
+    return _loading(f"timm:{name}", pretrained, lambda: timm.create_model(name, pretrained=pretrained, **arguments))
+
+
+def _torchvision(name: str, pretrained: bool) -> tuple[nn.Module, Source]:
+    return _create_torchvision(name, pretrained), Source("torchvision", name)
+
+
+def _create_torchvision(name: str, pretrained: bool, **arguments: Any) -> nn.Module:
+    models = _import("torchvision").models
+    known = models.list_models()
+    if name not in known:
+        raise SourceError(f"torchvision has no model {name!r}{near_misses(name, known)}")
+    # Detection and segmentation builders load a pretrained backbone unless told not to.
+    backbone = "weights_backbone" in models.get_model_builder(name).__annotations__
+    weights = {"weights": "DEFAULT" if pretrained else None, **({"weights_backbone": None} if backbone else {})}
+    return _loading(f"torchvision:{name}", pretrained, lambda: models.get_model(name, **weights, **arguments))
+
+
+def _transformers(name: str, pretrained: bool) -> tuple[nn.Module, Source]:
+    transformers = _import("transformers")
+    spec = f"hf:{name}"
+    config = _loading(spec, True, lambda: transformers.AutoConfig.from_pretrained(name))
+    architectures = getattr(config, "architectures", None) or []
+    model_class = getattr(transformers, architectures[0], None) if architectures else transformers.AutoModel
+    if model_class is None:
+        raise SourceError(f"{spec}: transformers {transformers.__version__} has no model class {architectures[0]!r}")
+    if pretrained:
+        model = _loading(spec, True, lambda: model_class.from_pretrained(name))
+    elif architectures:
+        model = model_class(config)
+    else:
+        model = model_class.from_config(config)
+    return model, infer(model)
+
+
+def _file(spec: str) -> tuple[nn.Module, Source]:
+    path_text, _, function_name = spec.rpartition(":")
+    path = Path(path_text)
+    if not path.is_file():
+        raise SourceError(f"{path}: no such file")
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise SourceError(f"{path}: {type(error).__name__}: {error}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        functions = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise SourceError(f"{path} has no function {function_name!r}{near_misses(function_name, functions)}")
+    try:
+        model = function()
+    except Exception as error:
+        raise SourceError(f"{spec}: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise SourceError(f"{spec} returned a {type(model).__name__}, not a torch.nn.Module")
+    return model, Source("file", f"{path.name}:{function_name}")
+
+
+def _loading(spec: str, pretrained: bool, make: Any) -> Any:
+    """Build or download; what goes wrong is told in one line."""
+    try:
+        return make()
+    except Exception as error:
+        advice = "; for random weights use --no-pretrained" if pretrained else ""
+        lines = str(error).strip().splitlines() or [""]
+        raise SourceError(f"{spec} could not be loaded: {type(error).__name__}: {lines[0]}{advice}") from error
+
+
+def _import(library: str) -> Any:
+    try:
+        return importlib.import_module(library)
+    except ImportError as error:
+        raise SourceError(
+            f"{library} is not installed ({error}); pip install 'fdsurgery[{_EXTRAS[library]}]'"
+        ) from None

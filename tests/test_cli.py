@@ -1,0 +1,162 @@
+"""The command line, through its own runner and as a user's process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import CASES, small_segformer
+from typer.testing import CliRunner
+
+import fdsurgery
+from fdsurgery.cli import app
+
+MODEL_FILE = """
+import torch
+
+def build():
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d
+    return torch.nn.Sequential(
+        conv(3, 32, 3), torch.nn.ReLU(), conv(32, 32, 3), torch.nn.ReLU(), conv(32, 5, 1),
+        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(5, 4),
+    )
+
+def broken():
+    raise KeyError("oops")
+
+nothing = 3
+"""
+
+
+@pytest.fixture
+def model_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models.py").write_text(MODEL_FILE)
+    return tmp_path / "models.py"
+
+
+def invoke(*arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_plan_prints_a_table_or_json() -> None:
+    text = invoke("plan", "timm:resnet18")
+    assert "16 of" in text
+    plan = json.loads(invoke("plan", "timm:resnet18", "--json", "--set", "kernel_num=16"))
+    assert fdsurgery.Plan.from_dict(plan).swaps[0].settings["kernel_num"] == 16
+
+
+def test_convert_verifies_and_saves_what_load_reads(tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    text = invoke("convert", "timm:resnet18", "-o", str(folder), "--no-pretrained")
+    assert "outputs unchanged" in text
+    report = json.loads(invoke("convert", "timm:resnet18", "-o", str(folder), "--no-pretrained", "--json"))
+    assert report["swaps"] == 16 and report["relative_error"] < 1e-5
+    model = fdsurgery.load(folder)
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
+
+
+def test_a_local_transformers_folder_is_a_source(tmp_path: Path) -> None:
+    model = small_segformer()
+    model.save_pretrained(tmp_path / "plain")
+    invoke("convert", f"hf:{tmp_path / 'plain'}", "-o", str(tmp_path / "saved"))
+    loaded = fdsurgery.load(tmp_path / "saved")
+    assert type(loaded) is type(model)
+    assert fdsurgery.verify(model, loaded, torch.randn(1, 3, 64, 64)).ok
+
+
+def test_a_python_file_is_a_source(model_file: Path) -> None:
+    assert "2 of 4 sites swapped" in invoke("plan", "models.py:build")
+    invoke("convert", "models.py:build", "-o", "saved")
+    plain = fdsurgery.sources.build("models.py:build", pretrained=False)[0]
+    assert fdsurgery.verify(plain, fdsurgery.load("saved", model=plain), torch.randn(1, 3, 32, 32)).ok
+
+
+def test_torchvision_is_a_source() -> None:
+    plan = json.loads(invoke("plan", "torchvision:resnet18", "--json"))
+    assert plan["recipe"] == "resnet" and sum(entry["operator"] is not None for entry in plan["decisions"]) == 16
+
+
+def test_recipes_are_listed_shown_and_checked(tmp_path: Path) -> None:
+    names = {"resnet", "convnext", "swin", "vit", "segformer", "generic"}
+    assert names <= set(json.loads(invoke("recipes", "list", "--json")))
+    assert all(name in invoke("recipes", "list") for name in names)
+    shown = invoke("recipes", "show", "resnet")
+    (tmp_path / "mine.yaml").write_text(shown)
+    assert "fine" in invoke("recipes", "check", str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "timm:resnet5000"], "timm has no model 'resnet5000'; did you mean 'resnet"),
+        (["plan", "tim:resnet50"], "'tim:resnet50' names no model; expected timm:NAME"),
+        (["plan", "resnet50"], "'resnet50' names no model"),
+        (["plan", "torchvision:resnet5"], "torchvision has no model 'resnet5'; did you mean"),
+        (["plan", "hf:no/such-folder-here"], "hf:no/such-folder-here could not be loaded"),
+        (["plan", "models.py:biuld"], "has no function 'biuld'; did you mean 'build'?"),
+        (["plan", "models.py:broken"], "models.py:broken: KeyError: 'oops'"),
+        (["plan", "models.py:nothing"], "has no function 'nothing'"),
+        (["plan", "missing.py:build"], "missing.py: no such file"),
+        (["plan", "models.py:build", "--recipe", "resnett"], "did you mean 'resnet'"),
+        (["plan", "models.py:build", "--recipe", "none.yaml"], "none.yaml"),
+        (["plan", "models.py:build", "--set", "kernel_num"], "--set takes KEY=VALUE"),
+        (["plan", "models.py:build", "--set", "kernel_nums=3"], "did you mean 'kernel_num'"),
+        (["plan", "models.py:build", "--set", "kernel_num=many"], "kernel_num"),
+        (["plan", "models.py:build", "--set", "kernel_num=[1"], "no YAML value"),
+        (["convert", "models.py:build", "-o", "models.py"], "models.py is a file; give a folder"),
+        (["convert", "models.py:build", "-o", "."], "is not empty"),
+        (["recipes", "show", "resnext"], "no shipped recipe is called 'resnext'"),
+        (["recipes", "check", "bad.yaml"], "bad.yaml:2:1"),
+        (["recipes", "check", "absent.yaml"], "absent.yaml"),
+    ],
+)
+def test_bad_input_is_answered_in_two_lines(model_file: Path, arguments: list[str], message: str) -> None:
+    Path("bad.yaml").write_text("description: x\nswop: []\n")
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) <= 2
+    assert "Traceback" not in result.output
+    assert sorted(path.name for path in Path().iterdir() if path.name != "__pycache__") == ["bad.yaml", "models.py"]
+
+
+def test_the_command_as_a_process(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fdsurgery.cli", "plan", "timm:resnet5000"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: timm has no model")
+
+
+def test_importing_the_library_is_light() -> None:
+    code = (
+        "import sys, time, torch; start = time.perf_counter(); import fdsurgery; took = time.perf_counter() - start; "
+        "assert not {'timm', 'transformers', 'torchvision', 'matplotlib'} & set(sys.modules), 'heavy import'; "
+        "print(took)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 3, "well under a second on an idle machine"
+
+
+def test_the_demo_runs_and_draws(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from rich.console import Console
+
+    from fdsurgery.demo import run
+
+    result = run(tmp_path / "demo", epochs=1, seed=0, console=Console(quiet=True))
+    assert (tmp_path / "demo" / "digits.png").stat().st_size > 10_000
+    assert result["static"][0] == result["converted"][0], "conversion leaves the accuracy as it was"
+    assert min(result["static"][-1], result["converted"][-1]) > 0.8
+
+
+def test_cases_name_shipped_recipes() -> None:
+    assert {case.recipe for case in CASES.values()} == set(fdsurgery.shipped_recipes()) - {"ffn"}
