@@ -15,7 +15,7 @@ from .planning import Decision, Plan, plan
 from .recipe import Recipe, load_recipe, shipped_recipes
 from .sources import Source
 from .surgery import apply, convert, restore
-from .verification import Verification, verify
+from .verification import Verification, settle_, verify
 
 __version__ = "0.1.0"
 
@@ -39,6 +39,7 @@ __all__ = [
     "plan",
     "restore",
     "save",
+    "settle_",
     "shipped_recipes",
     "sites",
     "verify",

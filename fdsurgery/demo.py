@@ -24,6 +24,7 @@ ARCHITECTURE = "test_resnet"
 PRETRAINING_EPOCHS = 3
 BATCH_SIZE = 64
 LEARNING_RATE = 1e-3
+SAMPLES_DRAWN = 4  # whose kernels the picture averages; each sample has its own
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def run(output: Path, *, epochs: int, seed: int, console: Console) -> dict[str, 
     kernels = [("static layer", static.model.get_submodule(site).weight.detach().clone())]
     train([static, converted], digits, epochs, seed + 1, console, "fine-tuning")
     kernels.append(("static, fine-tuned", static.model.get_submodule(site).weight))
-    kernels.append(("converted, fine-tuned", mean_kernels(converted.model, site, digits.test_images[:64])))
+    kernels.append(("converted, fine-tuned", mean_kernels(converted.model, site, digits.test_images[:SAMPLES_DRAWN])))
 
     table = Table(box=None, header_style="bold")
     for column in ("model", "parameters", "loss", "accuracy before", "accuracy after"):
@@ -201,7 +202,7 @@ def draw(static: Run, converted: Run, site: str, kernels: list[tuple[str, Tensor
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
     responses = [(name, kernel_response(weight)) for name, weight in kernels]
-    for (name, response), style in zip(responses, ("k:", "-", "-"), strict=True):
+    for (name, response), style in zip(responses, (":", "-", "-"), strict=True):
         color = {"static, fine-tuned": "tab:gray", "converted, fine-tuned": "tab:blue"}.get(name, "black")
         profile_axes.plot(*radial_profile(response), style, color=color, label=name)
     profile_axes.set(title=f"kernels of {site}", xlabel="cycles a pixel", ylabel="mean |frequency response|")

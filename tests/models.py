@@ -11,6 +11,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from fdsurgery import settle_
+
 
 @dataclass(frozen=True)
 class Case:
@@ -27,25 +29,6 @@ class Case:
         model = self.build()
         x = torch.randn(2, *self.input_size)
         return settle_(model, x), x
-
-
-@torch.no_grad()
-def settle_(model: nn.Module, *batch: Any) -> nn.Module:
-    """Make a fresh model non-degenerate, in place: zero-initialised norms and tiny layer scales hide every error.
-
-    All vectors and all constant or tiny parameters are drawn anew; then running statistics follow a few batches.
-    """
-    for name, parameter in model.named_parameters():
-        constant = parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all())
-        if parameter.dim() <= 1 or constant or float(parameter.abs().max()) < 1e-3:
-            if name.endswith("bias"):
-                parameter.normal_(std=0.1)
-            else:
-                parameter.uniform_(0.5, 1.5)
-    model.train()
-    for _ in range(3):
-        model(*batch)
-    return model.eval()
 
 
 def small_segformer() -> nn.Module:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from models import CASES, settle_
+from models import CASES
 from torch import nn
 
 import fdsurgery
@@ -75,7 +75,7 @@ def test_a_model_from_the_callers_code_loads_onto_a_fresh_one(tmp_path: Path) ->
 
     x = torch.randn(2, 3, 8, 8)
     model = build()
-    settle_(model, x)
+    fdsurgery.settle_(model, x)
     trained_a_little(fdsurgery.convert(model, example_inputs=x), x)
     with pytest.raises(CheckpointError, match="pass source="):
         fdsurgery.save(model, tmp_path / "saved")

@@ -8,7 +8,7 @@ import json
 import pytest
 import timm
 import torch
-from models import CASES, Case, settle_
+from models import CASES, Case
 from torch import nn
 
 import fdsurgery
@@ -102,7 +102,7 @@ def test_an_unknown_model_is_converted_by_generic() -> None:
             return self.out(tokens.mean(1))
 
     x = torch.randn(2, 3, 16, 16)
-    model = settle_(Odd(), x)
+    model = fdsurgery.settle_(Odd(), x)
     before = copy.deepcopy(model)
     plan = fdsurgery.plan(model, example_inputs=x)
     assert plan.recipe == "generic"
@@ -147,7 +147,7 @@ def block() -> tuple[Block, torch.Tensor]:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 12, 12)
     model = Block()
-    settle_(model, x)
+    fdsurgery.settle_(model, x)
     return model, x
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_KERNELS_AT_ONCE = 1024  # padded, a kernel takes 64 KiB: all of a layer's, for a batch, would fill the memory
+
 
 def kernel_response(weight: Tensor, size: int = 64) -> Tensor:
     """Mean magnitude of the kernels' frequency responses, zero frequency in the middle.
@@ -19,8 +21,11 @@ def kernel_response(weight: Tensor, size: int = 64) -> Tensor:
     Returns:
         `(size, size)`, float64; index `size // 2` is frequency 0, index 0 half a cycle a pixel.
     """
-    response = torch.fft.fft2(weight.detach().to("cpu", torch.float64), s=(size, size)).abs()
-    return torch.fft.fftshift(response.flatten(0, -3).mean(0)) if weight.dim() > 2 else torch.fft.fftshift(response)
+    kernels = weight.detach().to("cpu").reshape(-1, *weight.shape[-2:])
+    total = torch.zeros(size, size, dtype=torch.float64)
+    for some in kernels.split(_KERNELS_AT_ONCE):
+        total += torch.fft.fft2(some.double(), s=(size, size)).abs().sum(0)
+    return torch.fft.fftshift(total / len(kernels))
 
 
 def radial_profile(response: Tensor) -> tuple[Tensor, Tensor]:
