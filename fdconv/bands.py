@@ -114,8 +114,8 @@ class BandModulation(nn.Module):
     def maps(self, x: Tensor) -> Tensor:
         """The maps `A`, `(B, groups, 1, H, W, maps)`; neutral 1."""
         groups = self.config.band_groups
-        weight = torch.stack([conv.weight for conv in self.freq_weight_conv_list], dim=1).flatten(0, 1)
-        bias = torch.stack([conv.bias for conv in self.freq_weight_conv_list], dim=1).flatten()
+        weight = torch.stack([conv.get_parameter("weight") for conv in self.freq_weight_conv_list], dim=1).flatten(0, 1)
+        bias = torch.stack([conv.get_parameter("bias") for conv in self.freq_weight_conv_list], dim=1).flatten()
         logits = F.conv2d(x, weight, bias, padding=1, groups=groups)
         logits = logits.unflatten(1, (groups, 1, len(self.freq_weight_conv_list)))
         return gate(logits.movedim(3, -1), self.config.band_activation)

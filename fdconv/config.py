@@ -64,7 +64,9 @@ class FDConfig:
         _require(self.kernel_num <= 32767, "kernel_num", "at most 32767", self.kernel_num)
         for field in ("reduction", "temperature", "kernel_temperature"):
             value = getattr(self, field)
-            _require((_is_whole(value) or isinstance(value, float)) and 0 < value < inf, field, "a number above 0", value)
+            _require(
+                (_is_whole(value) or isinstance(value, float)) and 0 < value < inf, field, "a number above 0", value
+            )
         for field in ("ksm_global", "ksm_local", "band_lowfreq"):
             _require(isinstance(getattr(self, field), bool), field, "true or false", getattr(self, field))
         for field in ("fbm_kernel_sizes", "bands"):

@@ -35,9 +35,10 @@ def dynamic_weight(
     Returns:
         `(B, C_out, C_in/groups, k_h, k_w)`, with `B = 1` where nothing depends on the sample.
     """
+    channel, filter_, spatial, kernel = attention or (None,) * 4
     gain: Tensor | float = scale
-    if attention is not None and attention.kernel is not None:
-        kernel = attention.kernel.unflatten(1, (len(spectra), -1)) * scale
+    if kernel is not None:
+        kernel = kernel.unflatten(1, (len(spectra), -1)) * scale
         # index_select takes no uint8, and `kernel[..., frequency_group]` would read uint8 as a mask.
         # One entry for the real and one for the imaginary part: a factor broadcast over a last axis of two is slow.
         index = frequency_group.flatten().int().repeat_interleave(2)
@@ -47,14 +48,14 @@ def dynamic_weight(
     weight = weight.movedim(2, -1).contiguous()
     _, out_channels, k_h, k_w, in_channels = weight.shape
     if local is not None:
-        weight = weight * local.view(len(local), out_channels, k_h, k_w, in_channels)
-    if attention is not None:
-        channel = attention.channel.view(-1, groups, 1, 1, 1, in_channels)
-        if attention.spatial is not None:
-            channel = channel * attention.spatial.view(-1, 1, 1, k_h, k_w, 1)
-        weight = (weight.unflatten(1, (groups, -1)) * channel).flatten(1, 2)
-        if attention.filter is not None:
-            weight = weight * attention.filter.view(-1, out_channels, 1, 1, 1)
+        weight = weight * local.unflatten(2, (k_h, k_w))
+    if channel is not None:
+        factor = channel.view(-1, groups, 1, 1, 1, in_channels)
+        if spatial is not None:
+            factor = factor * spatial.view(-1, 1, 1, k_h, k_w, 1)
+        weight = (weight.unflatten(1, (groups, -1)) * factor).flatten(1, 2)
+    if filter_ is not None:
+        weight = weight * filter_.view(-1, out_channels, 1, 1, 1)
     return weight.movedim(-1, 2).contiguous()
 
 
@@ -62,9 +63,9 @@ def conv2d_per_sample(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int] | str,
-    dilation: tuple[int, int],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
     groups: int,
 ) -> Tensor:
     """`F.conv2d` with a weight for every sample.
@@ -77,10 +78,9 @@ def conv2d_per_sample(
     Returns:
         `(B, C_out, H', W')`.
     """
-    batch = len(x)
-    if batch == 0 or len(weight) == 1:
-        shared = weight[0] if len(weight) else weight.new_zeros(weight.shape[1:])
-        return F.conv2d(x, shared, bias, stride, padding, dilation, groups)
+    batch = x.shape[0]  # not len(x), which torch.export takes for a constant
+    if batch == 0 or weight.shape[0] == 1:
+        return F.conv2d(x, weight.sum(0), bias, stride, padding, dilation, groups)
     out_channels, _, k_h, k_w = weight.shape[1:]
     if (k_h, k_w) == (1, 1) and padding in ((0, 0), "valid", "same"):
         x = x[:, :, :: stride[0], :: stride[1]]
@@ -106,8 +106,8 @@ def linear_per_sample(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         `(B, ..., C_out)`.
     """
-    if len(weight) == 1:
+    if weight.shape[0] == 1:
         return F.linear(x, weight[0], bias)
-    y = x.reshape(len(x), -1, x.shape[-1]) @ weight.transpose(1, 2)
+    y = x.unsqueeze(1).flatten(1, -2) @ weight.transpose(1, 2)
     y = y.reshape(*x.shape[:-1], weight.shape[1])
     return y if bias is None else y + bias.to(y.dtype)

@@ -8,7 +8,7 @@ weigh the frequency bands of their input (FBM). Source: FDConv (arXiv 2503.18783
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from .bands import BandModulation
 from .config import FDConfig
 from .functional import conv2d_per_sample, dynamic_weight, linear_per_sample
 from .lazy import LazyTensor
-from .modulation import Attention, GlobalModulation, LocalModulation
+from .modulation import GlobalModulation, LocalModulation
 from .precision import fft_dtype, without_autocast
 from .spectrum import (
     frequency_groups,
@@ -28,6 +28,7 @@ from .spectrum import (
     weight_to_image,
 )
 
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 PAPER = FDConfig()
 
 
@@ -70,7 +71,7 @@ class FrequencyDynamic(nn.Module):
         self.register_buffer("frequency_group", groups)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """The static weight this layer stands for: the dynamic weight at neutral modulation, in its twin's shape.
 
         A differentiable function of the spectrum, not a parameter; computed only if its values are used. To change it
@@ -117,8 +118,9 @@ class FrequencyDynamic(nn.Module):
         if not self.frequency_group.is_meta:  # on meta there is nothing to fill, and the sort is what takes time
             self.frequency_group.copy_(frequency_groups(out_channels * k_h, in_channels * k_w, self.config.kernel_num))
         for module in self.modules():
-            if module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if module is not self and callable(reset):
+                reset()
 
     def _take_over(self, plain: nn.Conv2d | nn.Linear) -> None:
         """Stand for a plain layer: its weight, bias, `requires_grad` and mode. Called on a layer built on meta."""
@@ -160,20 +162,12 @@ class FrequencyDynamic(nn.Module):
 
     def _weights_of(self, context: Tensor) -> Tensor:
         _, in_channels, k_h, k_w = self._kernel_shape()
-        spectra = self._spectra()
         with without_autocast(context.device):
-            context = context.to(self.dft_weight.dtype)
-            attention = local = None
-            if self.KSM_Global is not None:
-                factors = self.KSM_Global(context)
-                attention = Attention(*(None if factor is None else factor.to(spectra.dtype) for factor in factors))
-            if self.KSM_Local is not None:
-                local = self.KSM_Local(context).to(spectra.dtype)
             return dynamic_weight(
-                spectra,
+                self._spectra(),
                 self.frequency_group,
-                attention,
-                local,
+                None if self.KSM_Global is None else self.KSM_Global(context),
+                None if self.KSM_Local is None else self.KSM_Local(context),
                 scale=self._neutral_scale(),
                 width=in_channels * k_w,
                 kernel_size=(k_h, k_w),
@@ -185,7 +179,7 @@ class FrequencyDynamic(nn.Module):
         return f"{super().extra_repr()}, kernel_num={self.config.kernel_num}{shared}"
 
 
-class FDConv2d(FrequencyDynamic, nn.Conv2d):
+class FDConv2d(FrequencyDynamic, nn.Conv2d):  # type: ignore[misc, override]  # `weight` is no parameter here
     """Frequency dynamic convolution in place of `nn.Conv2d`: `(B, C_in, H, W)` or `(C_in, H, W)`, any float dtype.
 
     Args:
@@ -206,7 +200,7 @@ class FDConv2d(FrequencyDynamic, nn.Conv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
@@ -257,11 +251,11 @@ class FDConv2d(FrequencyDynamic, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 3:
-            return self(x.unsqueeze(0)).squeeze(0)
+            return self.forward(x.unsqueeze(0)).squeeze(0)
         weight = self._weights_of(self._context(x))
         if self.FBM is not None:
             x = self.FBM(x)
-        padding = self.padding
+        padding: tuple[int, ...] | str = self.padding
         if self.padding_mode != "zeros":
             x = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0, 0)
@@ -269,7 +263,7 @@ class FDConv2d(FrequencyDynamic, nn.Conv2d):
         return conv2d_per_sample(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
-class FDLinear(FrequencyDynamic, nn.Linear):
+class FDLinear(FrequencyDynamic, nn.Linear):  # type: ignore[misc, override]
     """Frequency dynamic linear layer in place of `nn.Linear`: `(B, ..., C_in)` to `(B, ..., C_out)`, any float dtype.
 
     The first axis is the sample, the axes between are positions and share the sample's weight. There is no local branch
@@ -343,7 +337,7 @@ class FDLinear(FrequencyDynamic, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 1:
-            return self(x.unsqueeze(0)).squeeze(0)
+            return self.forward(x.unsqueeze(0)).squeeze(0)
         weight = self._weights_of(self._context(x))[..., 0, 0].to(x.dtype)
         return linear_per_sample(x, weight, self.bias)
 

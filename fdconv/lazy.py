@@ -57,7 +57,7 @@ class LazyTensor(torch.Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         # Reached only from code that goes past __torch_function__, such as C++ extensions.
         args, kwargs = tree_map_only(LazyTensor, lambda lazy: lazy._compute().detach(), (args, kwargs or {}))
         return func(*args, **kwargs)

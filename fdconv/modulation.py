@@ -5,7 +5,8 @@ factor per weight. All are neutral (the layer equals its static twin) while the 
 Parameters carry the official names and shapes. Source: FDConv (arXiv 2503.18783), section 3.3.
 
 The layers here are deliberately no `nn.Linear` or `nn.Conv1d`: a model's `_init_weights` that walks all modules would
-redraw those, and with them the neutral start.
+redraw those, and with them the neutral start. They compute in their input's precision, float32 or float64, whatever
+that of their parameters: squares and sums leave float16's range, and `inf * 0` in a neutral head is NaN.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .config import FDConfig
 class Attention(NamedTuple):
     """Factors of the global branch; None where a layer has no such head."""
 
-    channel: Tensor
+    channel: Tensor | None
     """`(B, C_in)`, neutral 1."""
     filter: Tensor | None
     """`(B, C_out)`, neutral 1."""
@@ -65,6 +66,7 @@ class Squeeze(nn.Module):
     def __init__(self, *shape: int, device: torch.device | None, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.bias = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -91,12 +93,31 @@ class StarReLU(nn.Module):
 
 
 class ContextBatchNorm(nn.BatchNorm1d):
-    """BatchNorm of `(B, A)` that trains on a single sample too: that has no variance, so the running one serves."""
+    """BatchNorm of `(B, A)`, in the input's precision, that trains on a single sample too.
+
+    One sample has no variance, so the running statistics serve.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and len(x) == 1:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        return super().forward(x)
+        update = self.training and x.shape[0] > 1
+        mean, var = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        y = F.batch_norm(x, mean, var, weight, bias, update, 0.1, self.eps)
+        if update and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if mean.dtype != self.running_mean.dtype:
+                self.running_mean.copy_(mean)
+                self.running_var.copy_(var)
+        return y
+
+
+def _apply(layer: Squeeze | ZeroInit, x: Tensor) -> Tensor:
+    """`F.linear` with a layer's weight, in the input's precision."""
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return F.linear(x, layer.weight.flatten(1).to(x.dtype), bias)
 
 
 class GlobalModulation(nn.Module):
@@ -144,20 +165,20 @@ class GlobalModulation(nn.Module):
 
     def forward(self, context: Tensor) -> Attention:
         config = self.config
-        norm = self.bn if self.norm is None else self.norm
-        hidden = self.relu(norm(F.linear(context, self.fc.weight.flatten(1))))
+        hidden = _apply(self.fc, context)
+        if self.bn is not None:
+            hidden = self.bn(hidden)
+        if self.norm is not None:
+            hidden = F.rms_norm(hidden, hidden.shape[1:], self.norm.weight.to(hidden.dtype), self.norm.eps)
+        hidden = self.relu(hidden)
 
-        def factor(head: ZeroInit | None, activation: str, temperature: float) -> Tensor | None:
-            if head is None:
-                return None
-            return gate(F.linear(hidden, head.weight.flatten(1), head.bias), activation, temperature)
+        def factor(head: ZeroInit | None) -> Tensor | None:
+            return None if head is None else gate(_apply(head, hidden), config.global_activation, config.temperature)
 
-        return Attention(
-            channel=factor(self.channel_fc, config.global_activation, config.temperature),
-            filter=factor(self.filter_fc, config.global_activation, config.temperature),
-            spatial=factor(self.spatial_fc, config.global_activation, config.temperature),
-            kernel=factor(self.kernel_fc, config.kernel_activation, config.kernel_temperature),
-        )
+        kernel = None
+        if self.kernel_fc is not None:
+            kernel = gate(_apply(self.kernel_fc, hidden), config.kernel_activation, config.kernel_temperature)
+        return Attention(factor(self.channel_fc), factor(self.filter_fc), factor(self.spatial_fc), kernel)
 
 
 class LocalModulation(nn.Module):
@@ -187,10 +208,10 @@ class LocalModulation(nn.Module):
         self.conv = ZeroInit(out_channels * positions, 1, taps, bias=False, device=device, dtype=dtype)
 
     def forward(self, context: Tensor) -> Tensor:
-        batch, in_channels = context.shape
         taps = self.conv.weight.shape[-1]
-        windows = F.pad(self.norm(context), (taps // 2, taps // 2)).unfold(1, taps, 1)
-        windows = windows.reshape(batch, self.groups, in_channels // self.groups, taps)
-        filters = self.conv.weight.view(self.groups, -1, taps)
+        weight, bias = self.norm.weight.to(context.dtype), self.norm.bias.to(context.dtype)
+        context = F.layer_norm(context, context.shape[1:], weight, bias, self.norm.eps)
+        windows = F.pad(context, (taps // 2, taps // 2)).unfold(1, taps, 1).unflatten(1, (self.groups, -1))
+        filters = self.conv.weight.to(context.dtype).view(self.groups, -1, taps)
         logits = filters @ windows.transpose(-1, -2)  # (B, groups, C_out/groups * positions, C_in/groups)
-        return gate(logits.view(batch, -1, self.positions, in_channels // self.groups), self.activation)
+        return gate(logits.unflatten(2, (-1, self.positions)).flatten(1, 2), self.activation)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -66,12 +67,12 @@ def run(output: Path, *, epochs: int, seed: int, console: Console) -> dict[str, 
     try:
         import matplotlib  # noqa: F401  here only to fail before minutes of training, not after
         import timm
-    except ImportError as error:
-        raise SurgeryError(f"the demo needs {error.name}; pip install 'fdsurgery[demo]'") from None
+    except ImportError as missing:
+        raise SurgeryError(f"the demo needs {missing.name}; pip install 'fdsurgery[demo]'") from None
     try:
         output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SurgeryError(f"{output} cannot be made: {error.strerror}") from None
+    except OSError as fault:
+        raise SurgeryError(f"{output} cannot be made: {fault.strerror}") from None
     digits = load_digits(seed)
     torch.manual_seed(seed)
     model = timm.create_model(ARCHITECTURE, in_chans=1, num_classes=10)
@@ -93,9 +94,11 @@ def run(output: Path, *, epochs: int, seed: int, console: Console) -> dict[str, 
     )
 
     site = next(decision.site.name for decision in reversed(made.swaps) if decision.site.kernel_size == (3, 3))
-    kernels = [("static layer", static.model.get_submodule(site).weight.detach().clone())]
+    static_layer = static.model.get_submodule(site)
+    assert isinstance(static_layer, nn.Conv2d)
+    kernels = [("static layer", static_layer.weight.detach().clone())]
     train([static, converted], digits, epochs, seed + 1, console, "fine-tuning")
-    kernels.append(("static, fine-tuned", static.model.get_submodule(site).weight))
+    kernels.append(("static, fine-tuned", static_layer.weight))
     kernels.append(("converted, fine-tuned", mean_kernels(converted.model, site, digits.test_images[:SAMPLES_DRAWN])))
 
     table = Table(box=None, header_style="bold")
@@ -189,7 +192,7 @@ def draw(static: Run, converted: Run, site: str, kernels: list[tuple[str, Tensor
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    figure: Any = Figure(figsize=(12, 6.5), layout="constrained")
     FigureCanvasAgg(figure)
     curves, maps = figure.subfigures(2, 1, height_ratios=(1.1, 1))
     loss_axes, accuracy_axes, profile_axes = curves.subplots(1, 3)

@@ -218,19 +218,14 @@ def _decide(site: Site, recipe: Recipe, overrides: dict[str, Any]) -> Decision:
 def _parameters_added(layer: nn.Module, decision: Decision) -> int:
     """Parameters of the new layer less those of the old, counted on a twin without memory."""
     assert decision.operator is not None
-    plain = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    site = decision.site
+    bias = layer.bias is not None
     with torch.device("meta"):
-        if isinstance(layer, nn.Conv2d):
-            twin: nn.Module = nn.Conv2d(
-                layer.in_channels,
-                layer.out_channels,
-                layer.kernel_size,
-                groups=layer.groups,
-                bias=layer.bias is not None,
-            )
+        twin: nn.Module
+        if site.kind == "conv":
+            twin = nn.Conv2d(site.in_channels, site.out_channels, site.kernel_size, groups=site.groups, bias=bias)
         else:
-            assert isinstance(layer, plain)
-            twin = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+            twin = nn.Linear(site.in_channels, site.out_channels, bias)
         new = get_operator(decision.operator).replace(twin, decision.settings)
     return _count(new) - _count(twin)
 

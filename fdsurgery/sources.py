@@ -77,10 +77,11 @@ def rebuild(source: Source) -> nn.Module:
         return _create_torchvision(source.name, pretrained=False, **source.arguments)
     if source.library == "transformers":
         transformers = _import("transformers")
-        model_class = getattr(transformers, source.name, None)
-        if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
+        model_class: Any = getattr(transformers, source.name, None)
+        if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
             raise CheckpointError(f"transformers {transformers.__version__} has no model class {source.name!r}")
-        return model_class(model_class.config_class.from_dict(dict(source.arguments)))
+        config_class: Any = getattr(model_class, "config_class")  # noqa: B009  only its subclasses declare it
+        return model_class(config_class.from_dict(dict(source.arguments)))
     if source.library == "file":
         raise CheckpointError(
             f"the model was built by {source.name}, and code is not run on loading; "
@@ -96,8 +97,9 @@ def infer(model: nn.Module) -> Source:
         CheckpointError: the model does not say where it comes from.
     """
     library = type(model).__module__.partition(".")[0]
-    if library == "transformers" and hasattr(model, "config"):
-        return Source("transformers", type(model).__name__, model.config.to_dict())
+    config: Any = getattr(model, "config", None)
+    if library == "transformers" and config is not None:
+        return Source("transformers", type(model).__name__, config.to_dict())
     cfg = getattr(model, "pretrained_cfg", None)
     if library == "timm" and cfg and cfg.get("architecture"):
         arguments = {"num_classes": model.num_classes} if hasattr(model, "num_classes") else {}

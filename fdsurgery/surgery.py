@@ -114,7 +114,8 @@ def _check_fits(decision: Decision, layers: dict[str, nn.Module]) -> None:
             f"the plan was made for another model: {site.name!r} is a {type(layer).__name__} here, "
             f"not a plain {kind.__name__}"
         )
-    shape = (layer.out_channels, layer.in_channels) if isinstance(layer, nn.Conv2d) else tuple(layer.weight.shape)
+    names = ("out_channels", "in_channels") if site.kind == "conv" else ("out_features", "in_features")
+    shape = tuple(getattr(layer, name) for name in names)
     if shape != (site.out_channels, site.in_channels):
         raise PlanError(
             f"the plan was made for another model: {site.name!r} maps {shape[1]} to {shape[0]} channels here, "

@@ -7,6 +7,7 @@ description of the operator. Nothing here is meant to be fast.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -255,7 +256,7 @@ def _band_modulation(p: Mapping[str, np.ndarray], config: FDConfig, x: np.ndarra
     batch, c_in, h, w = x.shape
     bands = [np.fft.ifft2(np.fft.fft2(x) * _mask(h, w, k, config.band_mask)).real for k in config.bands]
     pieces = [x - bands[0]]
-    pieces += [wide - narrow for wide, narrow in zip(bands[:-1], bands[1:], strict=True)]
+    pieces += [wide - narrow for wide, narrow in pairwise(bands)]
     if config.band_lowfreq:
         pieces.append(bands[-1])
     logits = np.zeros((len(pieces), batch, config.band_groups, h, w))

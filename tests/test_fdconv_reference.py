@@ -205,7 +205,9 @@ def geometries(draw: st.DrawFn) -> tuple[dict[str, Any], tuple[int, int]]:
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     padding: Any = draw(st.one_of(st.sampled_from(["same", "valid"]), st.tuples(st.integers(0, 3), st.integers(0, 3))))
     stride = (1, 1) if padding == "same" else draw(st.tuples(st.integers(1, 3), st.integers(1, 2)))
-    before = {"same": [-(-r // 2) for r in reach], "valid": [0, 0]}.get(padding) if isinstance(padding, str) else padding
+    before = (
+        {"same": [-(-r // 2) for r in reach], "valid": [0, 0]}.get(padding) if isinstance(padding, str) else padding
+    )
     assert before is not None
     # The smallest map on which the static layer is defined: an output pixel, and enough to reflect or wrap.
     around = {"reflect": 1, "circular": 0}.get(padding_mode, -100)

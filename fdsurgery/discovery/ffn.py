@@ -1,10 +1,10 @@
 """Feed-forward networks, found by how data flows and not by how they are called.
 
 An FFN widens each token or pixel by itself, bends it, narrows it again, and is added to what it was computed from:
-`x + project(act(expand(x)))`, with norms, dropout, scales, a gate or a depthwise convolution anywhere in between. Its layers
-are linears or 1x1 convolutions. Attention does not look like that (its projections are separated by a product of two
-tensors and a softmax), nor does a ResNet bottleneck (a dense convolution stands between), nor a prediction head (nothing is
-added to it that it was computed from).
+`x + project(act(expand(x)))`, with norms, dropout, scales, a gate or a depthwise convolution anywhere in between. Its
+layers are linears or 1x1 convolutions. Attention does not look like that (its projections are separated by a product of
+two tensors and a softmax), nor does a ResNet bottleneck (a dense convolution stands between), nor a prediction head
+(nothing is added to it that it was computed from).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .ops import ACTIVATION, ADD, DROPOUT, ELEMENTWISE, JOIN, LAYOUT, MOVE, NORM
 
 _PASSES = LAYOUT | JOIN | MOVE | NORM | DROPOUT | ELEMENTWISE | ACTIVATION
 _SAME_TENSOR = LAYOUT | DROPOUT | {"clamp", "clamp_min", "clamp_max"}
-# Between an FFN's last layer and the residual add: norms, layer scale, layout; parallel branches are stacked and summed.
+# Between an FFN's last layer and the residual add: norms, layer scale, layout; parallel branches are stacked, summed.
 _TO_RESIDUAL = LAYOUT | MOVE | NORM | DROPOUT | {"mul", "div", "clamp", "stack", "sum", "where", "pow", "rsqrt", "mean"}
 
 _MOST_SOURCES = 8
@@ -62,9 +62,15 @@ def _ffn_ending_in(flow: Flow, project: Node) -> FFN | None:
     first = list(sources)
     layer = flow.layer(project)
     kind = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
-    if True not in bent or any(not isinstance(flow.layer(source), kind) or source.target == project.target for source in first):
+    if True not in bent or any(
+        not isinstance(flow.layer(source), kind) or source.target == project.target for source in first
+    ):
         return None
-    width_in, hidden, (width_out, project_in) = _widths(flow, first[0])[0], _widths(flow, first[0])[1], _widths(flow, project)[::-1]
+    width_in, hidden, (width_out, project_in) = (
+        _widths(flow, first[0])[0],
+        _widths(flow, first[0])[1],
+        _widths(flow, project)[::-1],
+    )
     if any(_widths(flow, source) != (width_in, hidden) for source in first) or width_out != width_in:
         return None
     if hidden != project_in and not (len(first) == 1 and hidden == 2 * project_in):
@@ -88,7 +94,11 @@ def _ffn_ending_in(flow: Flow, project: Node) -> FFN | None:
 def _mixes_channels(flow: Flow, node: Node) -> bool:
     """True for a linear layer or dense 1x1 convolution over more than one position per sample."""
     layer = flow.layer(node)
-    if isinstance(layer, nn.Conv2d) and (tuple(layer.kernel_size), tuple(layer.stride), layer.groups) != ((1, 1), (1, 1), 1):
+    if isinstance(layer, nn.Conv2d) and (tuple(layer.kernel_size), tuple(layer.stride), layer.groups) != (
+        (1, 1),
+        (1, 1),
+        1,
+    ):
         return False
     return layer is not None and not flow.sees_one_position(node)
 
@@ -102,7 +112,7 @@ def _widths(flow: Flow, node: Node) -> tuple[int, int]:
 
 
 def _sources(flow: Flow, project: Node) -> dict[Node, bool]:
-    """The layers whose outputs `project` is a function of, token by token, each with whether an activation lies between.
+    """The layers whose outputs `project` is a function of, token by token; True where an activation lies between.
 
     Empty if anything but such layers is met: a product of matrices, a pool, a dense convolution, the model's input.
     """
@@ -130,7 +140,7 @@ def _sources(flow: Flow, project: Node) -> dict[Node, bool]:
 
 
 def _is_aside(flow: Flow, node: Node) -> bool:
-    """True for layers that do not end an FFN's inside: depthwise convolutions, and squeeze-excitation on pooled pixels."""
+    """True for layers that may stand inside an FFN: depthwise convolutions, squeeze-excitation on pooled pixels."""
     layer = flow.layer(node)
     if isinstance(layer, nn.Conv2d) and layer.groups > 1 and layer.groups == layer.in_channels:
         return True

@@ -17,7 +17,7 @@ class Flow:
     """Data flow of one forward.
 
     Args:
-        graph: whoever traced it; nodes carry `meta["shape"]`, and convolutions and linear layers are `call_module` nodes.
+        graph: nodes carry `meta["shape"]`, and convolutions and linear layers are `call_module` nodes.
         layers: the `nn.Conv2d` and `nn.Linear` modules by the names that the graph calls them.
     """
 
@@ -97,7 +97,7 @@ class Flow:
         return op in REDUCTION or (op in POOL and math.prod((shape_of(node) or (0,))[-2:]) == 1)
 
     def backward(self, start: Node, passes: Callable[[Node], bool], limit: int = 10**9) -> Iterator[Node]:
-        """Walk from `start` towards the inputs, breadth first; a node that does not pass is given but not walked past."""
+        """Walk from `start` towards the inputs, breadth first; a node that does not pass is given, but ends the way."""
         seen, queue = {start}, [start]
         for node in queue:
             yield node

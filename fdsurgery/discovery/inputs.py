@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 BATCH = 2
-"""Samples in a guessed batch. Two, so that no axis of size 1 is ever the batch, and one token per sample is not one row."""
+"""Samples in a guessed batch. Two: no axis of size 1 is ever the batch, and one token per sample is not one row."""
 
 _SIZES = (224, 256, 384, 512, 448, 320, 288, 240, 192, 128, 96, 64, 32, 28)
 _TOKENS = 16
@@ -99,7 +99,7 @@ def guesses(model: nn.Module) -> Iterator[Inputs]:
 
 
 class _Maker:
-    """Makes tensors on a model's device and in its dtype, from numbers of its own that leave torch's generator alone."""
+    """Makes tensors on a model's device and in its dtype, from a generator of its own."""
 
     def __init__(self, model: nn.Module) -> None:
         weights = [*model.parameters(), *model.buffers()]
@@ -153,7 +153,11 @@ def _as_size(value: Any) -> int | tuple[int, int] | None:
         value = [value.get("height"), value.get("width")]
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
-    if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(part, int) and part > 0 for part in value):
+    if (
+        isinstance(value, (tuple, list))
+        and len(value) == 2
+        and all(isinstance(part, int) and part > 0 for part in value)
+    ):
         return value[0] if value[0] == value[1] else (value[0], value[1])
     return None
 
@@ -198,7 +202,8 @@ def _for_transformers(model: nn.Module, config: Any, make: _Maker) -> Iterator[I
             | _companions(model, takes, make)
         )
     frames = _setting(config, ("num_frames", "frames_per_clip"))
-    name = next((key for key in ("pixel_values", "pixel_values_videos") if key in takes), model.main_input_name)
+    main = str(model.main_input_name)
+    name = next((key for key in ("pixel_values", "pixel_values_videos") if key in takes), main)
     for image_channels, size in product(channels, _unique([own, *_SIZES])):
         shape = (image_channels, *_pair(size))
         companions = _companions(model, takes, make)

@@ -107,12 +107,16 @@ def _first_that_runs(model: nn.Module, example_inputs: Any) -> tuple[fx.Graph, I
             except Exception as error:
                 tried.append(("real", inputs, _one_line(error)))
     first = next((attempt for attempt in tried if attempt[0] == "real"), tried[0])
-    others = "" if given is not None or len(tried) == 1 else f" ({len(tried)} attempts in all, with other sizes and on meta tensors)"
+    others = (
+        ""
+        if given is not None or len(tried) == 1
+        else f" ({len(tried)} attempts in all, with other sizes and on meta tensors)"
+    )
     raise DiscoveryError(
         f"{type(model).__name__} could not be observed: its forward failed with {first[1]}{others}. "
         f"It said: {first[2]}. "
         + (
-            "Pass example_inputs= that it takes: a tensor, a tuple of positional arguments, or a dict of keyword arguments."
+            "Pass example_inputs= that it takes: a tensor, a tuple of positional arguments, or a dict of keywords."
             if given is None
             else "Are these example_inputs what it takes? A tuple is read as positional arguments, a dict as keywords."
         )
@@ -168,7 +172,9 @@ def _sites(model: nn.Module, flow: Flow) -> tuple[Site, ...]:
                     **_geometry(module),
                 )
             )
-        elif getattr(module, "original_name", None) in ("Conv2d", "Linear") and isinstance(module, torch.jit.ScriptModule):
+        elif getattr(module, "original_name", None) in ("Conv2d", "Linear") and isinstance(
+            module, torch.jit.ScriptModule
+        ):
             geometry = _geometry(module)
             found.append(
                 Site(
@@ -187,7 +193,12 @@ def _geometry(layer: Any) -> dict[str, Any]:
     if kind == "linear":
         return {"kind": kind, "in_channels": layer.in_features, "out_channels": layer.out_features}
     pairs = {key: tuple(getattr(layer, key)) for key in ("kernel_size", "stride", "dilation")}
-    return {"kind": kind, "in_channels": layer.in_channels, "out_channels": layer.out_channels, "groups": layer.groups} | pairs
+    return {
+        "kind": kind,
+        "in_channels": layer.in_channels,
+        "out_channels": layer.out_channels,
+        "groups": layer.groups,
+    } | pairs
 
 
 def _layout(layer: nn.Module, shape: tuple[int, ...] | None) -> Layout | None:

@@ -54,7 +54,9 @@ def _of_the_layer(name: str, layer: nn.Module) -> str | None:
     kind = type(layer)
     own = kind.forward is base.forward and getattr(kind, "_conv_forward", None) is getattr(base, "_conv_forward", None)
     if not own:
-        return f"its forward is not nn.{base.__name__}'s own; {kind.__name__} computes something else, or in another way"
+        return (
+            f"its forward is not nn.{base.__name__}'s own; {kind.__name__} computes something else, or in another way"
+        )
     if "forward" in vars(layer) and "_hf_hook" not in vars(layer):
         return "its forward was replaced on this very module, and would be lost with it"
     return None
@@ -63,7 +65,7 @@ def _of_the_layer(name: str, layer: nn.Module) -> str | None:
 def _of_its_weights(name: str, layer: nn.Module, owners: Mapping[int, list[str]]) -> str | None:
     weight = layer._parameters.get("weight")
     if weight is None:
-        return "its weight is not a parameter but computed before each call, as by weight norm, spectral norm or pruning"
+        return "its weight is no parameter but computed before each call, as by weight norm, spectral norm or pruning"
     if not weight.is_floating_point():
         return f"its weight is not floating point but {weight.dtype}; dequantise the model first"
     if type(weight.data) is not torch.Tensor:
@@ -97,9 +99,9 @@ def _of_its_input(flow: Flow, name: str) -> str | None:
     if not calls:
         return "the model's forward never calls it"
     inputs = [layer_input(call) for call in calls]
-    if isinstance(flow.layers[name], nn.Conv2d):
-        if all(math.prod((shape_of(given) or (0,))[-2:]) == 1 for given in inputs):
-            return "its input is one pixel: it costs nothing and offers nothing to adapt to"
+    one_pixel = all(math.prod((shape_of(given) or (0,))[-2:]) == 1 for given in inputs)
+    if isinstance(flow.layers[name], nn.Conv2d) and one_pixel:
+        return "its input is one pixel: it costs nothing and offers nothing to adapt to"
     if not any(given in flow.from_input for given in inputs):
         return "its input does not depend on the model's input, so there is nothing to adapt to"
     return None

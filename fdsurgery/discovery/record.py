@@ -1,9 +1,9 @@
 """The eye of discovery: one eager forward, written down as a `torch.fx.Graph`.
 
-A `torch.fx` graph records what code does for all inputs and so refuses much of what models do. This one records what one
-forward did: torch functions as they are called, and every `nn.Conv2d` and `nn.Linear` as a single `call_module` node.
-Whoever reads the graph needs nothing from here: each node carries `meta["shape"]` (a tuple, or None where the value is
-not one tensor), `meta["dtype"]` and `meta["fqn"]`, the module whose forward was running.
+A `torch.fx` graph records what code does for all inputs and so refuses much of what models do. This one records what
+one forward did: torch functions as they are called, and every `nn.Conv2d` and `nn.Linear` as a single `call_module`
+node. Whoever reads the graph needs nothing from here: each node carries `meta["shape"]` (a tuple, or None where the
+value is not one tensor), `meta["dtype"]` and `meta["fqn"]`, the module whose forward was running.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def record(model: nn.Module, inputs: Inputs, *, meta: bool) -> fx.Graph:
 
     Returns:
         The graph: `placeholder` nodes for the tensors of `inputs`, `call_module` nodes for convolutions and linear
-        layers, `call_function` and `call_method` nodes for everything else, `get_attr` nodes for parameters, buffers and
+        layers, `call_function` and `call_method` nodes for everything else, `get_attr` nodes for parameters, buffers,
         constants (the latter with targets that begin with `<`), and an `output` node with all tensors of the result.
 
     Raises:
@@ -108,7 +108,9 @@ class _Recorder(TorchFunctionMode):
             result = forward(*args, **kwargs)
             # Compiled code (TorchScript, extensions) makes tensors behind our back: what a module returns comes from
             # what it was given, at least.
-            unseen = [tensor for tensor in _tensors_in(result) if tensor not in self.producers and not self._named(tensor)]
+            unseen = [
+                tensor for tensor in _tensors_in(result) if tensor not in self.producers and not self._named(tensor)
+            ]
             if unseen:
                 given = [self._node_of(tensor) for tensor in _tensors_in((args, kwargs))]
                 self._emit("call_function", unseen_operation, tuple(given), {}, unseen)
@@ -127,17 +129,20 @@ class _Recorder(TorchFunctionMode):
             if name in _VALUE_ATTRIBUTES and isinstance(value, Tensor):
                 self._emit("call_function", getattr, (self._written(args[0]), name), {}, value)
             return value
-        before = (self._written(args), self._written(kwargs)) if _has_tensor(args) or _has_tensor(kwargs) else ((), {})
+        reads: tuple[Any, Any] = ((), {})
+        if _has_tensor(args) or _has_tensor(kwargs):
+            reads = self._written(args), self._written(kwargs)
         value = func(*args, **kwargs)
         if name == "__setitem__":
-            self._rewrite(args[0], self._create("call_function", operator.setitem, *before, args[0]))
+            self._rewrite(args[0], self._create("call_function", operator.setitem, reads[0], reads[1], args[0]))
         elif name == "__set__" and len(args) == 2 and isinstance(args[1], Tensor):  # x.data = y
             self._rewrite(args[0], self._node_of(args[1]))
         elif _has_tensor(value):
             if value is (args[0] if args else None) and canonical_name(name) in LAYOUT | DROPOUT:
                 return value  # nothing to do, nothing done: the tensor came back as it was
             is_method = getattr(torch.Tensor, name, None) is func
-            self._emit("call_method" if is_method else "call_function", name if is_method else func, *before, value)
+            op, target = ("call_method", name) if is_method else ("call_function", func)
+            self._emit(op, target, reads[0], reads[1], value)
             out = kwargs.get("out")
             if isinstance(out, Tensor) and value is not out:
                 self._rewrite(out, self._node_of(value))
@@ -178,7 +183,9 @@ class _Recorder(TorchFunctionMode):
         self.producers[tensor] = node
         if base is not None and base is not tensor and (base in self.producers or self._named(base)):
             # A view was written to, and with it the tensor that it looks at.
-            self.producers[base] = self._create("call_function", operator.setitem, (self._node_of(base), None, node), {}, base)
+            self.producers[base] = self._create(
+                "call_function", operator.setitem, (self._node_of(base), None, node), {}, base
+            )
 
     def _named(self, tensor: Tensor) -> bool:
         return self.names.get(tensor) is not None
@@ -196,7 +203,8 @@ class _Recorder(TorchFunctionMode):
         if isinstance(value, Tensor):
             return self._node_of(value)
         if isinstance(value, (tuple, list)):
-            return type(value)(map(self._written, value)) if type(value) in (tuple, list) else [*map(self._written, value)]
+            written = [self._written(item) for item in value]
+            return tuple(written) if type(value) is tuple else written
         if isinstance(value, dict):
             return {str(key): self._written(item) for key, item in value.items()}
         if isinstance(value, slice):

@@ -15,7 +15,7 @@ _AVERAGES = frozenset({"add", "sub", "mul", "div"}) | JOIN | REDUCTION
 
 
 def find_roles(flow: Flow) -> dict[str, tuple[Role, str | None]]:
-    """The role of every layer, called or not, and the name of the FFN it belongs to (that of its project layer) or None."""
+    """The role of every layer, called or not, and the FFN it belongs to (the name of its project layer) or None."""
     roles: dict[str, tuple[Role, str | None]] = {
         name: (role_by_geometry(layer), None) for name, layer in flow.layers.items()
     }
@@ -55,7 +55,10 @@ def _reads_image(flow: Flow, call: Node) -> bool:
 def _heads(flow: Flow) -> set[Node]:
     """The calls whose outputs leave the model with nothing but layout on the way, or averaged with their like."""
     candidates = {
-        call for calls in flow.calls.values() for call in calls if call not in flow.before_learned and call in flow.from_input
+        call
+        for calls in flow.calls.values()
+        for call in calls
+        if call not in flow.before_learned and call in flow.from_input
     }
     # Values that are one head's output, or several heads' mixed (distilled DeiT averages two), going forward.
     written: dict[Node, set[Node]] = {call: {call} for call in candidates}
@@ -92,7 +95,7 @@ def _shortcuts(flow: Flow) -> set[str]:
 
 
 def _lone_conv(flow: Flow, side: Node) -> tuple[Node | None, set[Node]]:
-    """The only convolution on a straight way back from an add, and the nodes before it where the other side may fork."""
+    """The only convolution on a straight way back from an add, and the nodes before it where the other may fork."""
     conv: Node | None = None
     forks: set[Node] = set()
     node = side

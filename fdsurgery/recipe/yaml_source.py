@@ -6,7 +6,6 @@ Only plain scalars, lists and mappings are read: no tags, no merge keys. What is
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,12 +123,12 @@ class _Reader:
 
     def mapping(self, node: yaml.MappingNode, path: KeyPath, above: list[yaml.Node]) -> dict[str, Any]:
         data: dict[str, Any] = {}
+        unread = (*path, "?")
         for key_node, value_node in node.value:
-            key = self.value(key_node, (*path, "?"), above)
-            del self.source.places[(*path, "?")]
-            if not isinstance(key, Hashable) or not isinstance(key, str):
-                self.source.places[(*path, "?")] = _place(key_node)
-                raise self.source.error((*path, "?"), f"keys are text, not {key!r}")
+            key = self.value(key_node, unread, above)
+            self.source.places[unread] = _place(key_node)
+            if not isinstance(key, str):
+                raise self.source.error(unread, f"keys are text, not {key!r}")
             here = (*path, key)
             if key in data:
                 first = self.source.line(here)
