@@ -1,7 +1,7 @@
 """Swap the convolutions and FFN linears of a vision model for dynamic ones, without changing what it computes."""
 
 from .checkpoint import load, save
-from .discovery import sites
+from .discovery import Site, sites
 from .errors import (
     CheckpointError,
     DiscoveryError,
@@ -28,6 +28,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "RewriteError",
+    "Site",
     "Source",
     "SurgeryError",
     "UnsupportedModelError",

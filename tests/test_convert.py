@@ -379,6 +379,7 @@ def quantised() -> nn.Module:
         (lambda: torch.jit.script(nn.Conv2d(3, 3, 1)), "TorchScript"),
         (sharded, "sharded by FSDP; convert it first"),
         (quantised, "quantised"),
+        (lambda: nn.Sequential(nn.LazyConv2d(8, 3)), r"'0\.weight' has no shape yet .*call the model once"),
         (lambda: "resnet50", r"expected a torch\.nn\.Module, not str"),
     ],
 )

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .flow import Flow, layer_input, shape_of
@@ -46,8 +45,6 @@ def _of_the_layer(name: str, layer: nn.Module) -> str | None:
         return "it is the whole model; put it into a module, and that module can be converted"
     if isinstance(layer, (FDConv2d, FDLinear)):
         return "it is dynamic already"
-    if any(parameter is not None and is_lazy(parameter) for parameter in layer._parameters.values()):
-        return "its parameters are uninitialised; run the model once, so that it gets its shape"
     if parametrize.is_parametrized(layer):
         return "its parameters are parametrised (torch.nn.utils.parametrize); remove the parametrisation first"
     base = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear

@@ -84,7 +84,7 @@ def _shortcuts(flow: Flow) -> set[str]:
     for node in flow.nodes:
         if flow.op[node] not in ADD:
             continue
-        sides = node.all_input_nodes
+        sides = [side for side in node.all_input_nodes if side in flow.from_input]
         if len(sides) != 2 or shape_of(sides[0]) != shape_of(sides[1]):
             continue
         for short, long in (sides, sides[::-1]):
@@ -107,8 +107,9 @@ def _lone_conv(flow: Flow, side: Node) -> tuple[Node | None, set[Node]]:
                 break
             conv, node = node, layer_input(node)
             continue
-        sources = [source for source in node.all_input_nodes if source.op != "get_attr"]
-        if flow.op[node] not in _ON_THE_WAY or len(sources) != 1:
+        # What does not come from the input is a constant, such as the shift of a frozen norm.
+        sources = [source for source in node.all_input_nodes if source in flow.from_input]
+        if flow.op[node] not in _ON_THE_WAY | ADD or len(sources) != 1:
             break
         node = sources[0]
     return conv, forks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import UnsupportedModelError
 
@@ -14,7 +15,7 @@ def refuse_unsupported(model: nn.Module) -> None:
     """Raise `UnsupportedModelError`, with the remedy, if layers of this model cannot be swapped in place."""
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"expected a torch.nn.Module, not {type(model).__name__}")
-    for refusal in (_wrapped(model), _quantised(model), _adapted(model)):
+    for refusal in (_wrapped(model), _uninitialised(model), _quantised(model), _adapted(model)):
         if refusal is not None:
             raise UnsupportedModelError(refusal)
 
@@ -36,6 +37,13 @@ def _wrapped(model: nn.Module) -> str | None:
     for fqn, parameter in model.named_parameters():
         if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
             return f"{fqn!r} is a DTensor; convert the model first, then parallelise it"
+    return None
+
+
+def _uninitialised(model: nn.Module) -> str | None:
+    for fqn, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            return f"{fqn!r} has no shape yet (a lazy layer); call the model once on real inputs, then convert it"
     return None
 
 

@@ -1,0 +1,420 @@
+"""What one observed forward tells about a model, and that looking leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+import transformers
+from models import CASES
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+import fdsurgery
+from fdsurgery import DiscoveryError, Site
+from fdsurgery.discovery import Inputs, example_inputs, observe
+
+ATTENTION = ("qkv", "q_proj", "k_proj", "v_proj", "query", "key", "value", "attn.proj", "attention.output", "out_proj")
+
+
+def by_name(model: nn.Module, inputs: Any = None) -> dict[str, Site]:
+    return {site.name: site for site in fdsurgery.sites(model, inputs)}
+
+
+def roles(model: nn.Module, inputs: Any = None) -> Counter[tuple[str, int, int, tuple[int, int]]]:
+    """How often each role occurs with each shape: what is the same however an architecture is spelled."""
+    with torch.device("meta"):
+        return Counter(
+            (site.role, site.in_channels, site.out_channels, site.kernel_size)
+            for site in fdsurgery.sites(model, inputs)
+            if site.role != "linear"  # three spellings of q, k and v
+        )
+
+
+# Roles
+
+
+def test_a_resnet50_reads_the_same_in_three_spellings() -> None:
+    with torch.device("meta"):
+        spellings = [
+            timm.create_model("resnet50"),
+            torchvision.models.resnet50(),
+            transformers.ResNetForImageClassification(transformers.ResNetConfig(num_labels=1000)),
+        ]
+    first, *others = [roles(model) for model in spellings]
+    assert Counter(role for role, *_ in first.elements()) == {
+        "stem": 1, "pointwise": 32, "spatial": 16, "shortcut": 4, "head": 1,
+    }  # fmt: skip
+    # transformers' bottleneck strides in its 3x3 convolution too, but its first stage is wired alike.
+    assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize(
+    ("spellings", "ffns"),
+    [
+        (
+            [
+                lambda: timm.create_model("convnext_tiny"),
+                torchvision.models.convnext_tiny,
+                lambda: transformers.ConvNextForImageClassification(transformers.ConvNextConfig(num_labels=1000)),
+            ],
+            18,
+        ),
+        (
+            [
+                lambda: timm.create_model("swin_tiny_patch4_window7_224"),
+                lambda: transformers.SwinForImageClassification(transformers.SwinConfig(num_labels=1000)),
+            ],
+            12,
+        ),
+        (
+            [
+                lambda: timm.create_model("vit_base_patch16_224"),
+                torchvision.models.vit_b_16,
+                lambda: transformers.ViTForImageClassification(transformers.ViTConfig(num_labels=1000)),
+            ],
+            12,
+        ),
+    ],
+    ids=["convnext", "swin", "vit"],
+)
+def test_ffns_are_found_in_every_spelling(spellings: list[Callable[[], nn.Module]], ffns: int) -> None:
+    with torch.device("meta"):
+        found = [roles(spelling()) for spelling in spellings]
+    assert sum(count for (role, *_), count in found[0].items() if role == "expand") == ffns
+    assert all(other == found[0] for other in found[1:])
+
+
+class Tokens(nn.Module):
+    """An image's pixels as tokens, a block over them, and a head."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.block = block
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(self.stem(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+class Layers(nn.Module):
+    """Linear layers by name, and what to do with them."""
+
+    def __init__(self, run: Callable[[Any, Tensor], Tensor], **shapes: tuple[int, int]) -> None:
+        super().__init__()
+        self.run = run
+        for name, shape in shapes.items():
+            self.add_module(name, nn.Linear(*shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+def attention(m: Any, x: Tensor) -> Tensor:
+    q, k, v = m.q(x), m.k(x), m.v(x)
+    return x + m.out(F.scaled_dot_product_attention(q, k, v))
+
+
+BLOCKS: dict[str, tuple[nn.Module, dict[str, str]]] = {
+    "plain": (
+        Layers(lambda m, x: x + m.b(F.gelu(m.a(x))), a=(8, 32), b=(32, 8)),
+        {"a": "expand", "b": "project"},
+    ),
+    "no residual": (Layers(lambda m, x: m.b(F.gelu(m.a(x))), a=(8, 32), b=(32, 8)), {}),
+    "no activation": (Layers(lambda m, x: x + m.b(m.a(x)), a=(8, 32), b=(32, 8)), {}),
+    "gated": (
+        Layers(lambda m, x: x + m.c(F.silu(m.a(x)) * m.b(x)), a=(8, 24), b=(8, 24), c=(24, 8)),
+        {"a": "gate", "b": "expand", "c": "project"},
+    ),
+    "gate called second": (
+        Layers(lambda m, x: x + m.c(m.b(x) * F.silu(m.a(x))), a=(8, 24), b=(8, 24), c=(24, 8)),
+        {"a": "gate", "b": "expand", "c": "project"},
+    ),
+    "packed gate": (
+        Layers(lambda m, x: x + m.b(F.glu(m.a(x))), a=(8, 48), b=(24, 8)),
+        {"a": "expand", "b": "project"},
+    ),
+    "norm, scale, dropout": (
+        Layers(
+            lambda m, x: x.add_(0.1 * F.dropout(m.b(F.layer_norm(F.relu_(m.a(F.layer_norm(x, (8,)))), (32,))), 0.1)),
+            a=(8, 32),
+            b=(32, 8),
+        ),
+        {"a": "expand", "b": "project"},
+    ),
+    "attention": (Layers(attention, q=(8, 8), k=(8, 8), v=(8, 8), out=(8, 8)), {}),
+    "activated attention": (
+        Layers(
+            lambda m, x: x + m.out(F.gelu(m.q(x)) @ (F.gelu(m.k(x)).transpose(1, 2) @ m.v(x))),
+            q=(8, 8),
+            k=(8, 8),
+            v=(8, 8),
+            out=(8, 8),
+        ),
+        {},
+    ),
+    "two inputs": (
+        Layers(lambda m, x: x + m.c(F.gelu(m.a(x)) + m.b(x.flip(1).cos())), a=(8, 16), b=(8, 16), c=(16, 8)),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_an_ffn_is_what_widens_bends_narrows_and_is_added(name: str) -> None:
+    block, expected = BLOCKS[name]
+    sites = by_name(Tokens(block), torch.randn(2, 3, 16, 16))
+    found = {name.removeprefix("block."): site for name, site in sites.items() if name.startswith("block.")}
+    assert {name: site.role for name, site in found.items() if site.in_ffn} == expected
+    assert {site.ffn for site in found.values()} <= {None, "block.b", "block.c"}
+    assert len({site.ffn for site in found.values() if site.in_ffn}) == bool(expected)
+    assert sites["stem"].role == "stem" and sites["head"].role == "head"
+
+
+def test_what_a_site_tells() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, (1, 3), (2, 1), dilation=(1, 2)), nn.Conv2d(8, 8, 3, groups=8))
+    model.again = model[1]
+    first, second = fdsurgery.sites(model, torch.randn(2, 3, 20, 20))
+    assert (first.name, first.kind, first.role, first.in_channels, first.out_channels) == ("0", "conv", "stem", 3, 8)
+    assert (first.kernel_size, first.stride, first.dilation, first.groups) == ((1, 3), (2, 1), (1, 2), 1)
+    assert (first.layout, first.input_shape, first.calls) == ("NCHW", (2, 3, 20, 20), 1)
+    assert (first.layer_class, first.parent_class, first.aliases) == ("Conv2d", "Sequential", ())
+    assert (second.role, second.groups, second.aliases) == ("depthwise", 8, ("again",))
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"), [((4, 8), "rows"), ((4, 5, 8), "tokens"), ((4, 5, 6, 8), "NHWC")]
+)  # fmt: skip
+def test_layouts_of_linear_layers(shape: tuple[int, ...], layout: str) -> None:
+    assert fdsurgery.sites(nn.Sequential(nn.Linear(8, 8)), torch.randn(shape))[0].layout == layout
+
+
+def test_a_frozen_norm_hides_no_shortcut() -> None:
+    config = transformers.DetrConfig(
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        backbone=None,
+        backbone_config=transformers.ResNetConfig(
+            embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], out_features=["stage2"]
+        ),
+        encoder_layers=1, decoder_layers=1, d_model=16, encoder_attention_heads=2, decoder_attention_heads=2,
+    )  # fmt: skip
+    found = Counter(site.role for site in fdsurgery.sites(transformers.DetrForObjectDetection(config)))
+    assert found["shortcut"] == 2 and found["expand"] == found["project"] == 2
+
+
+# Obstacles
+
+
+class Hazards(nn.Module):
+    """One layer of each kind that must stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.idle = nn.Conv2d(8, 8, 1)
+        self.pooled = nn.Conv2d(8, 8, 1)
+        self.read = nn.Linear(8, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.one, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.other.weight = self.one.weight
+        self.normed = parametrizations.weight_norm(nn.Linear(8, 8))
+        self.hooked = nn.utils.spectral_norm(nn.Linear(8, 8))
+        self.patched = nn.Linear(8, 8)
+        forward = self.patched.forward
+        self.patched.forward = lambda x: 2 * forward(x)  # type: ignore[method-assign]
+        self.subclass = Standardised(8, 8, 1)
+        self.constant = nn.Linear(2, 8)
+        self.register_buffer("positions", torch.randn(4, 2))
+        self.free = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.subclass(x * self.pooled(x.mean((2, 3), keepdim=True)))
+        x = x.flatten(2).transpose(1, 2)
+        x = F.linear(x, self.read.weight) + self.constant(self.positions)[:1]
+        x = self.attention(x, x, x, need_weights=False)[0]
+        for layer in (self.one, self.other, self.normed, self.hooked, self.patched, self.free):
+            x = layer(x).relu()
+        return x.mean(1)
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight / self.weight.std(), self.bias)
+
+
+OBSTACLES = {
+    "idle": "never calls it",
+    "pooled": "one pixel",
+    "read": "weight is read past the layer by 'the model' (Hazards)",
+    "attention.out_proj": "weight is read past the layer by 'attention' (MultiheadAttention)",
+    "one": "shares a parameter with 'other.weight'",
+    "other": "shares a parameter with 'one.weight'",
+    "normed": "parametrised",
+    "hooked": "computed before each call",
+    "patched": "forward was replaced",
+    "subclass": "forward is not nn.Conv2d's own; Standardised",
+    "constant": "does not depend on the model's input",
+}
+
+
+def test_what_stands_in_the_way_is_told() -> None:
+    sites = by_name(Hazards(), torch.randn(2, 3, 16, 16))
+    assert {name for name, site in sites.items() if site.obstacle} == set(OBSTACLES)
+    for name, reason in OBSTACLES.items():
+        assert reason in sites[name].obstacle, (name, sites[name].obstacle)
+
+
+def test_scripted_parts_are_kept() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU()))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), scripted, nn.Conv2d(8, 8, 3))
+    sites = by_name(model, torch.randn(2, 3, 16, 16))
+    assert "ScriptModule" in sites["1.0"].obstacle
+    assert sites["2"].role != "stem", "what a scripted module returns comes from the layers before it"
+
+
+def test_a_converted_model_is_observed_again() -> None:
+    model, x = CASES["timm convnext (linear FFN)"].settled()
+    before = by_name(model, x)
+    plan = fdsurgery.plan(model, example_inputs=x)
+    fdsurgery.apply(plan, model)
+    after = by_name(model, x)
+    assert list(after) == list(before)
+    for decision in plan.swaps:
+        site = after[decision.site.name]
+        assert site.obstacle == "it is dynamic already" and site.layer_class == "FDLinear" and site.calls == 1
+        assert site.role == decision.site.role
+    with pytest.raises(fdsurgery.PlanError, match="it is dynamic already"):
+        fdsurgery.convert(model, example_inputs=x)
+
+
+# Looking
+
+
+def everything(model: nn.Module) -> list[Any]:
+    """All that could be changed by looking."""
+    found: list[Any] = []
+    for module in model.modules():
+        hooks = [len(value) for key, value in vars(module).items() if key.endswith("_hooks") and value is not None]
+        found.append((id(module), module.training, sorted(vars(module)), hooks))
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                found.append((id(tensor), tensor._version, tensor.requires_grad, tensor.device, tensor.grad is None))
+    return found
+
+
+@pytest.mark.parametrize("name", ["timm resnet18", "timm swin", "hf segformer", "hf vit"])
+@pytest.mark.parametrize("training", [False, True])
+def test_looking_leaves_no_trace(name: str, training: bool) -> None:
+    model, x = CASES[name].settled()
+    model.train(training)
+    next(model.children()).train(not training)
+    calls: list[str] = []
+    model.register_forward_hook(lambda *_: calls.append("hook"))
+    state, things, random_state = copy.deepcopy(model.state_dict()), everything(model), torch.get_rng_state()
+    observe(model, x)
+    observe(model)
+    assert everything(model) == things and calls == []
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_meta_tensors_serve_where_they_can_and_real_ones_where_not() -> None:
+    class Branching(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if x.sum() > 0 else -x)
+
+    layers = (nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    assert observe(nn.Sequential(*layers), torch.ones(2, 3, 9, 9)).tracer == "meta"
+    seen = observe(Branching(*layers), torch.ones(2, 3, 9, 9))
+    assert seen.tracer == "real" and seen.note.startswith("on meta tensors: ")
+    assert [site.calls for site in seen.sites] == [1, 1]
+
+
+def test_a_model_on_meta_is_observed() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("resnet18")
+    assert observe(model).tracer == "meta" and len(observe(model).sites) == 21
+
+
+def test_what_meta_shows_is_what_real_tensors_show() -> None:
+    from fdsurgery.discovery.flow import Flow
+    from fdsurgery.discovery.record import record
+    from fdsurgery.discovery.roles import find_roles
+
+    for name in ("timm swin", "hf segformer", "timm mobilenetv3 (no recipe of its own)"):
+        model, x = CASES[name].settled()
+        layers = {key: module for key, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+        meta, real = (find_roles(Flow(record(model, Inputs((x,)), meta=meta), layers)) for meta in (True, False))
+        assert meta == real
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [
+        (torch.ones(1), Inputs((torch.ones(1),))),
+        ((1, 2), Inputs((1, 2))),
+        ([1, 2], Inputs((1, 2))),
+        ({"x": 1}, Inputs(kwargs={"x": 1})),
+        (Inputs((3,)), Inputs((3,))),
+    ],
+)
+def test_how_example_inputs_are_read(inputs: Any, expected: Inputs) -> None:
+    assert Inputs.of(inputs) == expected
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_inputs_are_guessed(case: Any) -> None:
+    model = case.build()
+    inputs = example_inputs(model)
+    (_, tensor), *_ = inputs.tensors()
+    assert tensor.shape[0] == 2 and tensor.dim() == 4
+    model.eval()(*inputs.args, **inputs.kwargs)
+
+
+def test_a_model_of_unknown_inputs_says_what_to_pass() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, left: Tensor, right: Tensor) -> Tensor:
+            return self.conv(left) + self.conv(right)
+
+    with pytest.raises(DiscoveryError, match=r"Two could not be observed: .*right.* Pass example_inputs="):
+        observe(Two())
+    with pytest.raises(DiscoveryError, match="A tuple is read as positional arguments"):
+        observe(Two(), torch.randn(2, 3, 8, 8))
+    x = torch.randn(2, 3, 8, 8)
+    assert observe(Two(), (x, x)).calls == observe(Two(), {"left": x, "right": x}).calls == {"conv": 2}
+
+
+# The zoo
+
+
+@pytest.mark.slow
+def test_every_timm_family_is_observed_and_no_attention_is_taken_for_an_ffn() -> None:
+    families: dict[str, str] = {}
+    for name in timm.list_models():
+        families.setdefault(timm.models._registry._model_to_module[name], name)
+    failed = {}
+    for name in families.values():
+        try:
+            with torch.device("meta"):
+                seen = observe(timm.create_model(name))
+        except Exception as error:
+            failed[name] = error
+            continue
+        assert seen.sites, name
+        wrong = [site.name for site in seen.sites if site.in_ffn and any(word in site.name for word in ATTENTION)]
+        assert not wrong, (name, wrong)
+    assert not failed, failed
