@@ -87,6 +87,18 @@ def test_a_model_from_the_callers_code_loads_onto_a_fresh_one(tmp_path: Path) ->
     torch.testing.assert_close(logits(loaded, x), logits(model, x), rtol=0, atol=0)
 
 
+def test_parameters_that_overlap_in_memory_are_saved(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3), nn.Conv2d(32, 32, 3))
+        model[2].bias = nn.Parameter(model[0].bias.data)
+        return model
+
+    model = fdsurgery.convert(build(), example_inputs=torch.randn(1, 3, 9, 9))
+    fdsurgery.save(model, tmp_path / "saved", source=Source("file", "models.py:build"))
+    loaded = fdsurgery.load(tmp_path / "saved", model=build())
+    assert torch.equal(loaded[2].bias, model[0].bias) and torch.equal(loaded[0].bias, model[0].bias)
+
+
 def test_saving_again_replaces_and_other_folders_are_left_alone(tmp_path: Path) -> None:
     model, x = CASES["timm resnet18"].settled()
     with pytest.raises(CheckpointError, match="no dynamic layers"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -15,6 +16,7 @@ import fdsurgery
 from fdconv import FDConv2d, FDLinear
 from fdsurgery import PlanError, RewriteError, UnsupportedModelError
 from fdsurgery.operators.fdconv import FDConvOperator
+from fdsurgery.recipe import parse_recipe
 from fdsurgery.verification import relative_error
 
 DYNAMIC = (FDConv2d, FDLinear)
@@ -257,17 +259,33 @@ def test_a_failed_build_leaves_the_model_alone(
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-def test_a_layer_out_of_reach_fails_the_check_and_is_undone(block: tuple[Block, torch.Tensor]) -> None:
-    model, x = block
-    listed = model.listed
-    closure = {"call": lambda x: listed(x)}
-    model.plain_list[0] = nn.Identity()
-    object.__setattr__(model, "forward", lambda x: model.head(closure["call"](model.stem(x)).mean((2, 3))))
-    names = identities(model)
-    with pytest.raises(fdsurgery.SurgeryError):
-        plan = fdsurgery.plan(model, example_inputs=x)
+class OutOfReach(nn.Module):
+    """Calls a layer through an object that is neither a module nor a container."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.near = nn.Conv2d(8, 8, 3)
+        self.far = nn.Conv2d(8, 8, 3)
+        self.runner = SimpleNamespace(layer=self.far)
+        self.kept = [self.near, (self.near,)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.runner.layer(self.near(self.stem(x))).mean((2, 3))
+
+
+def test_a_layer_out_of_reach_fails_the_check_and_is_undone() -> None:
+    x = torch.randn(2, 3, 12, 12)
+    model = OutOfReach().eval()
+    names, kept, state, y = identities(model), list(model.kept), copy.deepcopy(model.state_dict()), model(x)
+    plan = fdsurgery.plan(model, example_inputs=x)
+    assert {decision.site.name for decision in plan.swaps} == {"near", "far"}
+    with pytest.raises(RewriteError, match=r"'far' first.*put back as it was"):
         fdsurgery.apply(plan, model)
-    assert identities(model) == names
+    assert identities(model) == names and model.kept == kept
+    assert list(model.state_dict()) == list(state) and torch.equal(model(x), y)
+    fdsurgery.apply(plan.keeping("far", because="the check said so"), model)
+    assert isinstance(model.near, FDConv2d) and model.kept == [model.near, (model.near,)]
 
 
 # Plans
@@ -336,6 +354,9 @@ def test_overrides_win_and_unknown_ones_name_near_misses() -> None:
     model, x = CASES["timm vit"].settled()
     plan = fdsurgery.plan(model, example_inputs=x, kernel_num=8)
     assert {decision.settings["kernel_num"] for decision in plan.swaps} == {8}
+    recipe = parse_recipe("swap: [{where: {role: ffn}, with: {kernel_num: 4, reduction: 0.5}}]")
+    plan = fdsurgery.plan(model, recipe, example_inputs=x, kernel_num=8)
+    assert {(swap.settings["kernel_num"], swap.settings["reduction"]) for swap in plan.swaps} == {(8, 0.5)}
     with pytest.raises(fdsurgery.RecipeError, match=r"'kernel_number' .* did you mean 'kernel_num'"):
         fdsurgery.plan(model, example_inputs=x, kernel_number=8)
     with pytest.raises(fdsurgery.RecipeError, match="kernel_num must be a whole number from 1"):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import timm
 import torch
@@ -162,7 +164,7 @@ BLOCKS: dict[str, tuple[nn.Module, dict[str, str]]] = {
         {},
     ),
     "two inputs": (
-        Layers(lambda m, x: x + m.c(F.gelu(m.a(x)) + m.b(x.flip(1).cos())), a=(8, 16), b=(8, 16), c=(16, 8)),
+        Layers(lambda m, x: x + m.c(F.gelu(m.a(x)) + m.b(x.flip(1))), a=(8, 16), b=(8, 16), c=(16, 8)),
         {},
     ),
 }
@@ -338,6 +340,21 @@ def test_meta_tensors_serve_where_they_can_and_real_ones_where_not() -> None:
     seen = observe(Branching(*layers), torch.ones(2, 3, 9, 9))
     assert seen.tracer == "real" and seen.note.startswith("on meta tensors: ")
     assert [site.calls for site in seen.sites] == [1, 1]
+
+
+def test_a_model_that_draws_leaves_the_generators_alone() -> None:
+    class Drawing(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            if float(torch.rand(())) + random.random() + numpy.random.rand() < 0:
+                return x
+            return super().forward(x)
+
+    model = Drawing(nn.Conv2d(3, 8, 3))
+    torch_state, python_state, numpy_state = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
+    observe(model, torch.ones(2, 3, 9, 9))
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert random.getstate() == python_state
+    assert all(numpy.array_equal(now, then) for now, then in zip(numpy.random.get_state(), numpy_state, strict=True))
 
 
 def test_a_model_on_meta_is_observed() -> None:

@@ -19,8 +19,9 @@ from .ops import ACTIVATION, ADD, DROPOUT, ELEMENTWISE, JOIN, LAYOUT, MOVE, NORM
 
 _PASSES = LAYOUT | JOIN | MOVE | NORM | DROPOUT | ELEMENTWISE | ACTIVATION
 _SAME_TENSOR = LAYOUT | DROPOUT | {"clamp", "clamp_min", "clamp_max"}
-# Between an FFN's last layer and the residual add: norms, layer scale, layout; parallel branches are stacked, summed.
-_TO_RESIDUAL = LAYOUT | MOVE | NORM | DROPOUT | {"mul", "div", "clamp", "stack", "sum", "where", "pow", "rsqrt", "mean"}
+# Between an FFN's last layer and the residual add: norms, layer scale, layout; parallel branches are stacked, summed;
+# `x + a * (ffn(x) - x)` subtracts first.
+_TO_RESIDUAL = LAYOUT | MOVE | NORM | DROPOUT | frozenset("mul div sub clamp stack sum where pow rsqrt mean".split())
 
 _MOST_SOURCES = 8
 _MOST_STEPS = 200  # an FFN is a local thing; a walk this long has left it
@@ -58,25 +59,21 @@ def _ffn_ending_in(flow: Flow, project: Node) -> FFN | None:
     sources = _without_inner(flow, _sources(flow, project))
     if not 1 <= len(sources) <= 2:
         return None
-    bent = set(sources.values())
     first = list(sources)
-    layer = flow.layer(project)
-    kind = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
-    if True not in bent or any(
-        not isinstance(flow.layer(source), kind) or source.target == project.target for source in first
-    ):
+    kind = nn.Conv2d if isinstance(flow.layer(project), nn.Conv2d) else nn.Linear
+    if not any(sources.values()):
         return None
-    width_in, hidden, (width_out, project_in) = (
-        _widths(flow, first[0])[0],
-        _widths(flow, first[0])[1],
-        _widths(flow, project)[::-1],
-    )
-    if any(_widths(flow, source) != (width_in, hidden) for source in first) or width_out != width_in:
+    if any(not isinstance(flow.layer(source), kind) or source.target == project.target for source in first):
         return None
-    if hidden != project_in and not (len(first) == 1 and hidden == 2 * project_in):
+    width, hidden = _widths(flow, first[0])
+    project_in, project_out = _widths(flow, project)
+    if any(_widths(flow, source) != (width, hidden) for source in first) or project_out != width:
+        return None
+    packed_gate = len(first) == 1 and hidden == 2 * project_in
+    if hidden != project_in and not packed_gate:
         return None
     # A depthwise bottleneck narrows first; token mixers made of linears may do so too and still are FFNs.
-    if kind is nn.Conv2d and hidden < width_in:
+    if kind is nn.Conv2d and hidden < width:
         return None
     read = {_same_tensor(flow, layer_input(source)) for source in first}
     if len(read) != 1 or not read <= flow.from_input:
@@ -85,7 +82,7 @@ def _ffn_ending_in(flow: Flow, project: Node) -> FFN | None:
         return None
     if len(first) == 1:
         return FFN(str(first[0].target), str(project.target))
-    # The gate is the branch with the activation. Where both have one, or the second, it is the second that was called.
+    # The gate is the branch with the activation. Where both have one, it is the one called second.
     first.sort(key=lambda source: (sources[source], flow.index[source]))
     expand, gate = (str(source.target) for source in first)
     return FFN(expand, str(project.target), gate)
@@ -94,12 +91,10 @@ def _ffn_ending_in(flow: Flow, project: Node) -> FFN | None:
 def _mixes_channels(flow: Flow, node: Node) -> bool:
     """True for a linear layer or dense 1x1 convolution over more than one position per sample."""
     layer = flow.layer(node)
-    if isinstance(layer, nn.Conv2d) and (tuple(layer.kernel_size), tuple(layer.stride), layer.groups) != (
-        (1, 1),
-        (1, 1),
-        1,
-    ):
-        return False
+    if isinstance(layer, nn.Conv2d):
+        geometry = (tuple(layer.kernel_size), tuple(layer.stride), layer.groups)
+        if geometry != ((1, 1), (1, 1), 1):
+            return False
     return layer is not None and not flow.sees_one_position(node)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
@@ -16,7 +15,9 @@ from .inputs import Inputs, guesses
 from .obstacles import find_obstacles
 from .record import LAYERS, record
 from .roles import find_roles
-from .site import Kind, Layout, Site
+from .site import Kind, Layout, Role, Site
+
+Tracer = Literal["meta", "real"]
 
 _MOST_REAL_TRIES = 3  # a real forward of a large model takes seconds, and fails at one size much as at another
 
@@ -31,7 +32,7 @@ class Observation:
     """One for each convolution and linear layer, in the order of `model.named_modules()`."""
     inputs: Inputs
     """What the model was called with."""
-    tracer: Literal["meta", "real"]
+    tracer: Tracer
     """Whether the forward ran on meta tensors (no memory, no computation) or had to be real."""
     calls: Mapping[str, int]
     """How often each convolution and linear layer was called, by name; 0 for those that never were."""
@@ -82,44 +83,81 @@ def observe(model: nn.Module, example_inputs: Any = None) -> Observation:
         DiscoveryError: the model's forward ran with no inputs that could be guessed, or not with those given.
     """
     layers = _layers(model)
-    if isinstance(model, torch.jit.ScriptModule):
-        graph, inputs, tracer, note = fx.Graph(), Inputs(), "meta", "TorchScript cannot be watched"
-    else:
-        graph, inputs, tracer, note = _first_that_runs(model, example_inputs)
+    graph, inputs, tracer, note = _first_that_runs(model, example_inputs)
     flow = Flow(graph, layers)
     found = _sites(model, flow)
     calls = {name: len(flow.calls.get(name, ())) for name in layers}
-    return Observation(graph, found, inputs, cast(Literal["meta", "real"], tracer), calls, note)
+    return Observation(graph, found, inputs, tracer, calls, note)
 
 
-def _first_that_runs(model: nn.Module, example_inputs: Any) -> tuple[fx.Graph, Inputs, str, str]:
-    given = None if example_inputs is None else Inputs.of(example_inputs)
-    tried: list[tuple[str, Inputs, str]] = []
-    for inputs in [given] if given is not None else guesses(model):
+def _first_that_runs(model: nn.Module, example_inputs: Any) -> tuple[fx.Graph, Inputs, Tracer, str]:
+    """The graph of the first forward that runs, its inputs, how it ran, and why not on meta tensors if it did not."""
+    if isinstance(model, torch.jit.ScriptModule):
+        return fx.Graph(), Inputs(), "meta", "TorchScript cannot be watched"
+    candidates = guesses(model) if example_inputs is None else iter([Inputs.of(example_inputs)])
+    real_tries = 0 if _has_meta_weights(model) else _MOST_REAL_TRIES
+    failures: list[_Failure] = []
+
+    def attempt(inputs: Inputs, tracer: Tracer) -> fx.Graph | None:
         try:
-            return record(model, inputs, meta=True), inputs, "meta", ""
+            return record(model, inputs, meta=tracer == "meta")
         except Exception as error:
-            tried.append(("meta", inputs, _one_line(error)))
-    if not any(weight.is_meta for weight in model.parameters()):
-        for inputs in [given] if given is not None else islice(guesses(model), _MOST_REAL_TRIES):
-            try:
-                return record(model, inputs, meta=False), inputs, "real", f"on meta tensors: {tried[0][2]}"
-            except Exception as error:
-                tried.append(("real", inputs, _one_line(error)))
-    first = next((attempt for attempt in tried if attempt[0] == "real"), tried[0])
-    others = (
-        ""
-        if given is not None or len(tried) == 1
-        else f" ({len(tried)} attempts in all, with other sizes and on meta tensors)"
-    )
-    raise DiscoveryError(
-        f"{type(model).__name__} could not be observed: its forward failed with {first[1]}{others}. "
-        f"It said: {first[2]}. "
-        + (
-            "Pass example_inputs= that it takes: a tensor, a tuple of positional arguments, or a dict of keywords."
-            if given is None
-            else "Are these example_inputs what it takes? A tuple is read as positional arguments, a dict as keywords."
-        )
+            failures.append(_Failure(inputs, tracer, _one_line(error)))
+            return None
+
+    # Meta forwards are cheap, so all guesses get one. A real one is for those that meta tensors could not serve, which
+    # is no fault of the guess, and at the end for the likeliest of the others.
+    refused: list[Inputs] = []
+    for inputs in candidates:
+        graph = attempt(inputs, "meta")
+        if graph is not None:
+            return graph, inputs, "meta", ""
+        if not failures[-1].wants_values or real_tries == 0:
+            refused.append(inputs)
+            continue
+        why = failures[-1].said
+        real_tries -= 1
+        graph = attempt(inputs, "real")
+        if graph is not None:
+            return graph, inputs, "real", f"on meta tensors: {why}"
+    for inputs in refused[:real_tries]:
+        graph = attempt(inputs, "real")
+        if graph is not None:
+            return graph, inputs, "real", f"on meta tensors: {failures[0].said}"
+    raise DiscoveryError(_what_failed(model, failures, guessed=example_inputs is None))
+
+
+@dataclass(frozen=True)
+class _Failure:
+    inputs: Inputs
+    tracer: Tracer
+    said: str
+
+    @property
+    def wants_values(self) -> bool:
+        """True where the forward asked for values that a meta tensor does not have."""
+        return self.tracer == "meta" and "meta" in self.said.lower()
+
+
+def _has_meta_weights(model: nn.Module) -> bool:
+    return any(tensor.is_meta for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
+
+
+def _what_failed(model: nn.Module, failures: list[_Failure], *, guessed: bool) -> str:
+    """The failure that tells most, in words, and what to do about it."""
+    on_meta = _has_meta_weights(model)
+    telling = [failure for failure in failures if (failure.wants_values if on_meta else failure.tracer == "real")]
+    shown = (telling or failures)[0]
+    attempts = f" ({len(failures)} attempts in all, with other sizes and on meta tensors)"
+    if shown.wants_values:
+        remedy = "Its weights are on the meta device, and this forward needs values: load or initialise them first."
+    elif guessed:
+        remedy = "Pass example_inputs= that it takes: a tensor, a tuple of positional arguments, or a dict of keywords."
+    else:
+        remedy = "Are these example_inputs what it takes? A tuple is read as positional arguments, a dict as keywords."
+    return (
+        f"{type(model).__name__} could not be observed: its forward failed with {shown.inputs}"
+        f"{attempts if guessed and len(failures) > 1 else ''}. It said: {shown.said}. {remedy}"
     )
 
 
@@ -149,43 +187,40 @@ def _sites(model: nn.Module, flow: Flow) -> tuple[Site, ...]:
     obstacles = find_obstacles(model, flow)
     found: list[Site] = []
     for name, module in model.named_modules():
-        parent = by_name[name.rpartition(".")[0]] if name else None
-        common: dict[str, Any] = {
-            "name": name,
-            "aliases": tuple(names[id(module)][1:]),
-            "parent_class": type(parent).__name__ if parent is not None else "",
-        }
+        seen: dict[str, Any]
         if name in flow.layers:
-            role, ffn = roles[name]
-            calls = flow.calls.get(name, [])
-            shape = shape_of(layer_input(calls[0])) if calls else None
-            found.append(
-                Site(
-                    role=role,
-                    ffn=ffn,
-                    layer_class=type(module).__name__,
-                    layout=_layout(module, shape),
-                    input_shape=shape,
-                    calls=len(calls),
-                    obstacle=obstacles.get(name),
-                    **common,
-                    **_geometry(module),
-                )
+            seen = _seen(flow, name, *roles[name]) | {"obstacle": obstacles.get(name)}
+        elif _is_scripted_layer(module):
+            seen = _SCRIPTED | {"role": "linear" if module.original_name == "Linear" else "spatial"}
+        else:
+            continue
+        parent = by_name[name.rpartition(".")[0]] if name else None
+        found.append(
+            Site(
+                name=name,
+                aliases=tuple(names[id(module)][1:]),
+                layer_class=str(getattr(module, "original_name", type(module).__name__)),
+                parent_class=type(parent).__name__ if parent is not None else "",
+                **_geometry(module),
+                **seen,
             )
-        elif getattr(module, "original_name", None) in ("Conv2d", "Linear") and isinstance(
-            module, torch.jit.ScriptModule
-        ):
-            geometry = _geometry(module)
-            found.append(
-                Site(
-                    role="spatial" if geometry["kind"] == "conv" else "linear",
-                    layer_class=str(module.original_name),
-                    obstacle="it is inside a torch.jit.ScriptModule, which is compiled; convert before scripting",
-                    **common,
-                    **geometry,
-                )
-            )
+        )
     return tuple(found)
+
+
+_SCRIPTED = {"obstacle": "it is inside a torch.jit.ScriptModule, which is compiled; convert before scripting"}
+
+
+def _is_scripted_layer(module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule) and module.original_name in ("Conv2d", "Linear")
+
+
+def _seen(flow: Flow, name: str, role: Role, ffn: str | None) -> dict[str, Any]:
+    """What the forward showed about one layer."""
+    calls = flow.calls.get(name, [])
+    shape = shape_of(layer_input(calls[0])) if calls else None
+    layout = _layout(flow.layers[name], shape)
+    return {"role": role, "ffn": ffn, "calls": len(calls), "input_shape": shape, "layout": layout}
 
 
 def _geometry(layer: Any) -> dict[str, Any]:
