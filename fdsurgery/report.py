@@ -18,7 +18,7 @@ def plan_table(plan: Plan) -> Table:
     """The decision for every site, and the sum of it in the caption."""
     table = Table(caption=plan.summary(), caption_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("site", overflow="fold")
-    table.add_column("role")
+    table.add_column("kind", no_wrap=True)
     table.add_column("shape", no_wrap=True)
     table.add_column("decision", no_wrap=True)
     table.add_column("rule or reason", overflow="fold")
@@ -26,7 +26,7 @@ def plan_table(plan: Plan) -> Table:
     for decision in plan.decisions:
         table.add_row(
             decision.site.name,
-            decision.site.role,
+            kind_of(decision.site),
             shape_of(decision.site),
             f"swap: {decision.operator}" if decision.swap else "keep",
             _why(decision),
@@ -41,6 +41,11 @@ def _why(decision: Decision) -> str:
     if decision.swap:
         return decision.rule or ""
     return decision.reason + (f" ({decision.rule})" if decision.rule else "")
+
+
+def kind_of(site: Site) -> str:
+    """A site's kind and role: `conv, spatial`; the role alone where it says both."""
+    return site.role if site.role == site.kind else f"{site.kind}, {site.role}"
 
 
 def shape_of(site: Site) -> str:

@@ -409,3 +409,27 @@ def test_wrapped_models_are_refused_with_the_remedy(make, message: str) -> None:
     for verb in (fdsurgery.plan, fdsurgery.convert, fdsurgery.restore):
         with pytest.raises(UnsupportedModelError, match=message):
             verb(model)
+
+
+# The check itself
+
+
+def test_verify_finds_a_changed_output() -> None:
+    model, x = CASES["timm vit"].settled()
+    other = copy.deepcopy(model)
+    assert fdsurgery.verify(model, other, x).relative_error == 0
+    with torch.no_grad():
+        other.blocks[0].mlp.fc1.weight[0, 0] += 0.1
+    found = fdsurgery.verify(model, other, x)
+    assert not found.ok and found.relative_error > 1e-5 and "CHANGED" in str(found)
+    assert fdsurgery.verify(model, other, x, tolerance=1.0).ok
+    assert relative_error(torch.ones(3), torch.ones(4)) == relative_error(torch.full((3,), torch.nan), torch.ones(3))
+    assert not fdsurgery.verify(model, torch.nn.Identity(), x).ok
+
+
+def test_settling_leaves_nothing_degenerate() -> None:
+    model = timm.create_model("resnet18")
+    assert any(not parameter.any() for parameter in model.parameters()), "timm starts some norms at zero"
+    fdsurgery.settle_(model, torch.randn(2, 3, 64, 64))
+    assert all(parameter.std() > 0 for parameter in model.parameters())
+    assert not model.training and all(buffer.any() for buffer in model.buffers())

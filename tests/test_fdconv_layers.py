@@ -598,3 +598,15 @@ def test_exports_for_any_batch(kind: str) -> None:
     for batch in (2, 5):
         y = torch.randn(batch, *x.shape[1:])
         assert_close(exported(y), layer(y), "same-float32")
+
+
+def test_running_statistics_follow_in_low_precision() -> None:
+    layer, x = make("conv")
+    layer.train()(x)
+    half, _ = make("conv")
+    half.half().train()(x.half())
+    for name in ("running_mean", "running_var"):
+        low, full = getattr(half.KSM_Global.bn, name), getattr(layer.KSM_Global.bn, name)
+        assert low.dtype == torch.float16
+        assert_close(low.float(), full, "float16")
+    assert half.KSM_Global.bn.num_batches_tracked == layer.KSM_Global.bn.num_batches_tracked
