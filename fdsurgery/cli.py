@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import SurgeryError, near_misses
+from .report import kind_of, shape_of
 
 
 class OneMessageGroup(typer.core.TyperGroup):
@@ -158,16 +159,101 @@ def show_recipe(name: Annotated[str, typer.Argument(help="a shipped recipe's nam
 
 
 @recipes_app.command("check")
-def check_recipe(file: Annotated[str, typer.Argument(help="a YAML file, or a shipped recipe's name")]) -> None:
-    """Check a recipe; a fault is told with its line."""
-    from .recipe import load_recipe
+def check_recipe(
+    file: Annotated[str, typer.Argument(help="a YAML file, or a shipped recipe's name")],
+    spec: Annotated[str | None, typer.Argument(metavar="[SPEC]", help="a model to try it on")] = None,
+) -> None:
+    """Check a recipe; a fault is told with its line. With a model: how many layers each rule means and decides."""
+    from .discovery import sites
+    from .recipe import check_rules_matched, load_recipe
+    from .recipe.authoring import rule_matches
+    from .sources import build
 
     recipe = load_recipe(_recipe(file))
+    if spec is not None:
+        with _working(f"looking at {spec}", quiet=False):
+            found = sites(build(spec, pretrained=False)[0])
+        check_rules_matched(recipe, found)
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in ("rule", "entry", "conditions", "means", "decides"):
+            table.add_column(column, overflow="fold", justify="right" if column in ("means", "decides") else "left")
+        for rule, means, decides in rule_matches(recipe, found):
+            table.add_row(rule.label, rule.key, rule.where.describe(), str(means), str(decides))
+        out.print(table)
     out.print(
         f"{file}: fine; {len(recipe.keep)} keep and {len(recipe.swap)} swap rules, inherited ones included",
         markup=False,
         highlight=False,
     )
+
+
+@recipes_app.command("new")
+def new_recipe(
+    spec: Spec,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="file to write")] = None,
+) -> None:
+    """Write a first recipe for a model, from what one look at it shows."""
+    from .discovery import sites
+    from .recipe.authoring import draft
+    from .sources import build
+
+    if output is not None and output.exists():
+        raise SurgeryError(f"{output} exists; give a new file")
+    with _working(f"looking at {spec}", quiet=False):
+        model, _ = build(spec, pretrained=False)
+        text = draft(model, sites(model))
+    if output is None:
+        print(text, end="")
+        return
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SurgeryError(f"{output} cannot be written: {error.strerror or error}") from None
+    out.print(f"written to {output}; try it: fdsurgery plan {spec} --recipe {output}", markup=False, highlight=False)
+
+
+@recipes_app.command("explain")
+def explain_site(
+    spec: Spec,
+    site: Annotated[str, typer.Option("--site", "-s", metavar="NAME", help="a layer's fully qualified name")],
+    recipe: RecipeOption = "auto",
+) -> None:
+    """Tell why one layer is swapped or kept, rule by rule."""
+    from .planning import plan as make_plan
+    from .recipe import detect_recipe, load_recipe
+    from .recipe.authoring import explain
+    from .sources import build
+
+    with _working(f"looking at {spec}", quiet=False):
+        model, _ = build(spec, pretrained=False)
+        chosen = load_recipe(detect_recipe(model)[0] if recipe == "auto" else _recipe(recipe))
+        made = make_plan(model, chosen)
+    found = {name: decision for decision in made.decisions for name in (decision.site.name, *decision.site.aliases)}
+    if site not in found:
+        raise SurgeryError(f"{spec} has no convolution or linear layer {site!r}{near_misses(site, found)}")
+    decision = found[site]
+
+    def say(text: str) -> None:
+        out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    say(f"{site}: {kind_of(decision.site)}, {shape_of(decision.site)}, in a {decision.site.parent_class or 'model'}")
+    if decision.site.obstacle is not None:
+        say(f"it cannot be swapped: {decision.site.obstacle}")
+    for verdict in explain(chosen, decision.site):
+        if verdict.misses:
+            said = "no: " + ", ".join(f"{key} is {has}" for key, has in verdict.misses.items())
+        else:
+            said = "yes, and decides" if verdict.decides else "yes, but an earlier reason decided"
+        say(f"{verdict.rule.label} {verdict.rule.key} ({verdict.rule.where.describe()}): {said}")
+    say(f"so it is {'swapped for ' + str(decision.operator) if decision.swap else 'kept: ' + decision.reason}")
+
+
+@recipes_app.command("schema")
+def print_schema() -> None:
+    """Print the JSON schema of recipes, by which editors complete and check them."""
+    from .recipe.schema import json_schema
+
+    print(json.dumps(json_schema(), indent=1))
 
 
 @app.command()

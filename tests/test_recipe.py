@@ -292,7 +292,7 @@ def test_a_rule_that_matches_nothing_is_an_error_with_near_misses(tmp_path: Path
         RecipeError, match=r"mine\.yaml:2:3: .*kernel_size 5x5; nearest: 'conv1', whose kernel_size is 7x7"
     ):
         fdsurgery.plan(model, recipe=file)
-    with pytest.raises(RecipeError, match=r"ffn\.yaml:4:5: .*role ffn; nearest: .*role is stem"):
+    with pytest.raises(RecipeError, match=r"ffn\.yaml:5:5: .*role ffn; nearest: .*role is stem"):
         fdsurgery.plan(model, recipe="ffn")
     file.write_text("extends: resnet\nkeep:\n- {name: 'layre1.0.conv1', because: x, optional: true}")
     assert len(fdsurgery.plan(model, recipe=file).swaps) == 16

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, WithJsonSchema
 
 from ..discovery.site import ROLES, Site
 from ..errors import near_misses
@@ -70,11 +70,27 @@ def _read_range(value: Any) -> tuple[int | None, int | None]:
     return low, high
 
 
-Kinds = Annotated[tuple[str, ...], one_of(*KINDS)]
-Roles = Annotated[tuple[str, ...], one_of(*ROLES, _FFN)]
-Patterns = Annotated[tuple[str, ...], BeforeValidator(_read_patterns)]
-Sizes = Annotated[tuple[tuple[int, int], ...], BeforeValidator(_read_sizes)]
-Range = Annotated[tuple[int | None, int | None], BeforeValidator(_read_range)]
+def _one_or_more(entry: dict[str, Any]) -> WithJsonSchema:
+    """What an editor is told of a key that takes a value or a list of them."""
+    return WithJsonSchema({"anyOf": [entry, {"type": "array", "items": entry, "minItems": 1}]})
+
+
+_NUMBER = {"type": "integer", "minimum": 0}
+_SIZE = {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": "^[1-9][0-9]*x[1-9][0-9]*$"}]}
+_BOUNDS = {
+    "type": "object",
+    "properties": {"min": _NUMBER, "max": _NUMBER},
+    "additionalProperties": False,
+    "minProperties": 1,
+}
+
+Kinds = Annotated[tuple[str, ...], one_of(*KINDS), _one_or_more({"enum": [*KINDS]})]
+Roles = Annotated[tuple[str, ...], one_of(*ROLES, _FFN), _one_or_more({"enum": [*ROLES, _FFN]})]
+Patterns = Annotated[tuple[str, ...], BeforeValidator(_read_patterns), _one_or_more({"type": "string", "minLength": 1})]
+Sizes = Annotated[tuple[tuple[int, int], ...], BeforeValidator(_read_sizes), _one_or_more(_SIZE)]
+Range = Annotated[
+    tuple[int | None, int | None], BeforeValidator(_read_range), WithJsonSchema({"anyOf": [_NUMBER, _BOUNDS]})
+]
 
 
 class Where(BaseModel):
@@ -83,7 +99,7 @@ class Where(BaseModel):
     Patterns are globs, in which `*` also matches dots, or regular expressions for the whole name after `re:`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     kind: Kinds | None = None
     """`conv` or `linear`."""
@@ -96,11 +112,13 @@ class Where(BaseModel):
     channels: Range | None = None
     """Both `in_channels` and `out_channels`: a number, or `{min: 17, max: 512}`."""
     in_channels: Range | None = None
+    """Input channels, or a linear layer's input features."""
     out_channels: Range | None = None
+    """Output channels, or a linear layer's output features."""
     stride: Sizes | None = None
-    """Convolutions only."""
+    """As `kernel_size`. Convolutions only."""
     groups: Range | None = None
-    """Convolutions only."""
+    """As `channels`. Convolutions only."""
     parent: Patterns | None = None
     """Pattern for the class name of the module that holds the layer, e.g. `Bottleneck`."""
     layer: Patterns | None = None
@@ -125,17 +143,18 @@ class Where(BaseModel):
             unlike = 0.0
             if self.name is not None and not _name(self.name, site):
                 unlike = 1 - max(difflib.SequenceMatcher(None, name, site.name).ratio() for name in self.name)
-            return len(self._misses(site)), unlike
+            return len(self.misses(site)), unlike
 
         return "; ".join(
-            f"{site.name!r}, whose {' and '.join(f'{key} is {_has(key, site)}' for key in self._misses(site))}"
-            if self._misses(site) != ["name"]
+            f"{site.name!r}, whose {' and '.join(f'{key} is {has}' for key, has in self.misses(site).items())}"
+            if list(self.misses(site)) != ["name"]
             else repr(site.name)
             for site in sorted(sites, key=distance)[:most]
         )
 
-    def _misses(self, site: Site) -> list[str]:
-        return [key for key, value in self.given().items() if not CONDITIONS[key](value, site)]
+    def misses(self, site: Site) -> dict[str, str]:
+        """The conditions that a site does not meet, and what it has instead."""
+        return {key: _has(key, site) for key, value in self.given().items() if not CONDITIONS[key](value, site)}
 
 
 def matches_any(patterns: Sequence[str], text: str) -> bool:

@@ -73,7 +73,7 @@ def parse_recipe(text: str, label: str = "recipe.yaml") -> Recipe:
 
 def detect_recipe(model: nn.Module) -> tuple[str, str]:
     """The shipped recipe for a model, and how the model was recognised, in words. `generic` if none is for it."""
-    library, name = _family(model)
+    library, name = recipe_family(model)
     if not library:
         return FALLBACK, f"{type(model).__name__} is of no library that recipes know"
     for recipe, file in shipped_recipes().items():
@@ -168,7 +168,7 @@ def _resolve(parsed: _Parsed, chain: tuple[_Origin, ...]) -> Recipe:
     return Recipe(own.name, file.description, file.match_rules(), tuple(keep), tuple(swap))
 
 
-def _family(model: nn.Module) -> tuple[str, str]:
+def recipe_family(model: nn.Module) -> tuple[str, str]:
     """The library that a model comes from and what it is called there; empty for others."""
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)

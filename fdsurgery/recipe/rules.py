@@ -76,10 +76,15 @@ class Recipe:
     keep: tuple[KeepRule, ...] = ()
     swap: tuple[SwapRule, ...] = ()
 
+    @property
+    def rules(self) -> tuple[KeepRule | SwapRule, ...]:
+        """All rules, in the order in which a site asks them."""
+        return (*self.keep, *self.swap)
+
 
 def check_rules_matched(recipe: Recipe, sites: Sequence[Site]) -> None:
     """Raise `RecipeError`, with the nearest sites, for a rule that matches none and is not optional."""
-    for rule in (*recipe.keep, *recipe.swap):
+    for rule in recipe.rules:
         if rule.optional or any(rule.matches(site) for site in sites):
             continue
         nearest = rule.where.nearest(sites)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+
+from fdconv import FDConfig
 
 from ..errors import RecipeError, near_misses
 from ..operators import get_operator
@@ -17,46 +20,68 @@ def _one_or_more(value: Any) -> Any:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
-Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_one_or_more)]
+_NAME = {"type": "string", "minLength": 1}
+Texts = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...],
+    BeforeValidator(_one_or_more),
+    WithJsonSchema({"anyOf": [_NAME, {"type": "array", "items": _NAME}]}),
+]
 
 
 class _Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, populate_by_name=True, use_attribute_docstrings=True
+    )
 
 
 class MatchEntry(_Closed):
     """How models of the family are recognised."""
 
     timm: Patterns = ()
+    """Globs for timm architectures, e.g. `convnext*`."""
     transformers: Patterns = ()
+    """Globs for `config.model_type`, e.g. `convnextv2`."""
     torchvision: Patterns = ()
+    """Globs for model classes, e.g. `ConvNeXt`."""
 
 
 class KeepEntry(Where):
     """An entry of `keep`: conditions and the reason."""
 
     because: Annotated[str, Field(min_length=1)]
+    """The reason, shown in the plan."""
     optional: bool = False
+    """The rule may match no layer."""
 
 
 class SwapEntry(_Closed):
     """An entry of `swap`."""
 
     where: Where
+    """Which layers."""
     operator: str = "fdconv"
+    """What takes their place."""
     with_: dict[str, Any] = Field(default_factory=dict, alias="with")
+    """Settings of the operator; the rest are its defaults."""
     optional: bool = False
+    """The rule may match no layer."""
 
 
 class RecipeFile(_Closed):
     """A whole file."""
 
     description: str = ""
+    """What the recipe does, in a sentence."""
     source: str = ""
+    """Where its policy comes from."""
     extends: Texts = ()
+    """Recipes whose rules follow after this one's: names of shipped ones, or files beside this one."""
     match: MatchEntry = MatchEntry()
+    """How models of the family are recognised."""
     keep: tuple[KeepEntry, ...] = Field(default=(), strict=False)
+    """Layers that stay as they are, whatever `swap` says."""
     swap: tuple[SwapEntry, ...] = Field(default=(), strict=False)
+    """Layers to swap; the first entry that matches decides."""
 
     def match_rules(self) -> Match:
         """The globs by which the family is recognised."""
@@ -76,6 +101,14 @@ class RecipeFile(_Closed):
             SwapRule(entry.where, *_place(source, "swap", index), entry.optional, entry.operator, entry.with_)
             for index, entry in enumerate(self.swap)
         )
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe file, by which editors complete and check one."""
+    schema = RecipeFile.model_json_schema()
+    settings = {field.name: {"description": f"fdconv: default {field.default!r}"} for field in fields(FDConfig)}
+    schema["$defs"]["SwapEntry"]["properties"]["with"]["properties"] = settings
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "fdsurgery recipe"}
 
 
 def read_file(source: YamlSource) -> RecipeFile:
