@@ -42,7 +42,11 @@ app.add_typer(recipes_app, name="recipes")
 out = Console()
 
 Spec = Annotated[
-    str, typer.Argument(metavar="SPEC", help="timm:NAME, hf:REPO_OR_FOLDER, torchvision:NAME or FILE.py:FUNCTION")
+    str,
+    typer.Argument(
+        metavar="SPEC",
+        help="timm:NAME, hf:REPO_OR_FOLDER, transformers:CLASS, torchvision:NAME or FILE.py:FUNCTION",
+    ),
 ]
 RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="auto, a shipped recipe's name, or a YAML file")]
 SetOption = Annotated[
@@ -245,7 +249,7 @@ def explain_site(
         else:
             said = "yes, and decides" if verdict.decides else "yes, but an earlier reason decided"
         say(f"{verdict.rule.label} {verdict.rule.key} ({verdict.rule.where.describe()}): {said}")
-    say(f"so it is {'swapped for ' + str(decision.operator) if decision.swap else 'kept: ' + decision.reason}")
+    say(f"so it is {f'swapped by {decision.rule}' if decision.swap else f'kept: {decision.reason}'}")
 
 
 @recipes_app.command("schema")

@@ -13,9 +13,9 @@ from torch import nn
 
 from .discovery import observe
 from .discovery.site import Site
-from .errors import PlanError, near_misses
+from .errors import PlanError, RecipeError, near_misses
 from .operators import get_operator
-from .recipe import Recipe, check_rules_matched, detect_recipe, load_recipe
+from .recipe import Recipe, check_rules_matched, detect_recipe, load_recipe, matches_any
 from .rewrite.supported import refuse_unsupported
 
 if TYPE_CHECKING:
@@ -178,8 +178,7 @@ def plan(
     for rule in chosen.swap:  # before the model is run: a wrong override should not take a forward to be told
         get_operator(rule.operator).settings({**rule.settings, **overrides})
     seen = observe(model, example_inputs)
-    check_rules_matched(chosen, seen.sites)
-    decisions = tuple(_decide(site, chosen, overrides) for site in seen.sites)
+    decisions = _decide_all(model, chosen, seen.sites, overrides)
     decisions = tuple(
         replace(decision, parameters_added=_parameters_added(model.get_submodule(decision.site.name), decision))
         if decision.swap
@@ -197,13 +196,47 @@ def why_nothing(plan: Plan) -> str:
     return "; ".join(f"{count} x {reason}" for reason, count in tally.most_common(5))
 
 
-def _decide(site: Site, recipe: Recipe, overrides: dict[str, Any]) -> Decision:
+def _decide_all(
+    model: nn.Module, recipe: Recipe, sites: tuple[Site, ...], overrides: dict[str, Any]
+) -> tuple[Decision, ...]:
+    """A decision for every site: by the recipe's `keep`, then by the recipe of the part it lies in, then by `swap`."""
+    delegated: dict[str, Decision] = {}
+    for part in recipe.delegate:
+        modules = dict(model.named_modules())
+        roots = _outermost([name for name in modules if name and matches_any([part.module], name)])
+        if not roots:
+            raise RecipeError(f"{part.place}: this model has no such part{near_misses(part.module, modules)}")
+        for root in roots:
+            inside = {_relative(site, root): site for site in sites if site.name.startswith(root + ".")}
+            name = detect_recipe(modules[root])[0] if part.recipe == "auto" else part.recipe
+            for decision in _decide_all(modules[root], load_recipe(name), tuple(inside), overrides):
+                site = inside[decision.site]
+                delegated.setdefault(site.name, replace(decision, site=site))
+    own = [site for site in sites if site.name not in delegated]
+    check_rules_matched(replace(recipe, keep=()), own)
+    check_rules_matched(replace(recipe, swap=()), sites)
+    return tuple(_decide(site, recipe, overrides, delegated.get(site.name)) for site in sites)
+
+
+def _outermost(names: list[str]) -> list[str]:
+    return [name for name in names if not any(name.startswith(other + ".") for other in names)]
+
+
+def _relative(site: Site, root: str) -> Site:
+    """The site as the part at `root` knows it."""
+    names = [name.removeprefix(root + ".") for name in (site.name, *site.aliases) if name.startswith(root + ".")]
+    return replace(site, name=names[0], aliases=tuple(names[1:]))
+
+
+def _decide(site: Site, recipe: Recipe, overrides: dict[str, Any], delegated: Decision | None) -> Decision:
     """Keep rules win over swap rules, and the first swap rule that matches wins over later ones."""
     if site.obstacle is not None:
         return Decision(site, site.obstacle)
     for keep in recipe.keep:
         if keep.matches(site):
             return Decision(site, keep.because, rule=keep.label)
+    if delegated is not None:
+        return delegated
     for swap in recipe.swap:
         if swap.matches(site):
             operator = get_operator(swap.operator)

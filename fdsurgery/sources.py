@@ -12,7 +12,7 @@ from torch import nn
 
 from .errors import CheckpointError, SurgeryError, near_misses
 
-FORMS = "timm:NAME, hf:REPO_OR_FOLDER, torchvision:NAME or FILE.py:FUNCTION"
+FORMS = "timm:NAME, hf:REPO_OR_FOLDER, transformers:CLASS, torchvision:NAME or FILE.py:FUNCTION"
 _EXTRAS = {"timm": "timm", "transformers": "hf", "torchvision": "torchvision"}
 
 
@@ -40,7 +40,8 @@ def build(spec: str, *, pretrained: bool) -> tuple[nn.Module, Source]:
     """Build the model a SPEC names.
 
     Args:
-        spec: `timm:NAME`, `hf:REPO_OR_FOLDER`, `torchvision:NAME` or `FILE.py:FUNCTION`.
+        spec: `timm:NAME`, `hf:REPO_OR_FOLDER`, `transformers:CLASS` (its default config), `torchvision:NAME` or
+            `FILE.py:FUNCTION`.
         pretrained: load trained weights (for a file, what its function loads is its own affair).
 
     Returns:
@@ -52,6 +53,8 @@ def build(spec: str, *, pretrained: bool) -> tuple[nn.Module, Source]:
     library, separator, name = spec.partition(":")
     if library == "timm" and name:
         model, source = _timm(name, pretrained)
+    elif library == "transformers" and name:
+        model, source = _transformers_class(name, pretrained)
     elif library == "hf" and name:
         model, source = _transformers(name, pretrained)
     elif library == "torchvision" and name:
@@ -59,7 +62,7 @@ def build(spec: str, *, pretrained: bool) -> tuple[nn.Module, Source]:
     elif ".py:" in spec:
         model, source = _file(spec)
     else:
-        guess = near_misses(library, ("timm", "hf", "torchvision")) if separator else ""
+        guess = near_misses(library, ("timm", "hf", "transformers", "torchvision")) if separator else ""
         raise SourceError(f"{spec!r} names no model; expected {FORMS}{guess}")
     return model.eval(), source
 
@@ -150,6 +153,19 @@ def _transformers(name: str, pretrained: bool) -> tuple[nn.Module, Source]:
         model = model_class(config)
     else:
         model = model_class.from_config(config)
+    return model, infer(model)
+
+
+def _transformers_class(name: str, pretrained: bool) -> tuple[nn.Module, Source]:
+    transformers = _import("transformers")
+    spec = f"transformers:{name}"
+    if pretrained:
+        raise SourceError(f"{spec} has no trained weights; name a repository or folder as hf:..., or --no-pretrained")
+    model_class: Any = getattr(transformers, name, None)
+    if not hasattr(model_class, "config_class"):
+        known = [entry for entry in dir(transformers) if entry.endswith(("Model", "Classification", "Segmentation"))]
+        raise SourceError(f"transformers has no model class {name!r}{near_misses(name, known)}")
+    model = _loading(spec, True, lambda: model_class(model_class.config_class()))
     return model, infer(model)
 
 

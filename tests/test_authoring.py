@@ -82,7 +82,7 @@ def test_commands_of_authors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     said = invoke("recipes", "explain", "timm:resnet18", "--site", "layer2.0.downsample.0")
     assert "role is shortcut" in said and "yes, and decides" in said and "so it is kept: the paper keeps" in said
     said = invoke("recipes", "explain", "timm:resnet18", "-s", "layer2.0.conv1", "-r", "mine.yaml")
-    assert "so it is swapped for fdconv" in said
+    assert "so it is swapped by mine.yaml:" in said
     assert "did you mean 'layer2.0.conv1'" in invoke(
         "recipes", "explain", "timm:resnet18", "-s", "layer2.0.con1", code=2
     )

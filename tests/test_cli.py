@@ -100,6 +100,8 @@ def test_recipes_are_listed_shown_and_checked(tmp_path: Path) -> None:
         (["plan", "tim:resnet50"], "'tim:resnet50' names no model; expected timm:NAME"),
         (["plan", "resnet50"], "'resnet50' names no model"),
         (["plan", "torchvision:resnet5"], "torchvision has no model 'resnet5'; did you mean"),
+        (["plan", "transformers:ViTModell"], "transformers has no model class 'ViTModell'; did you mean 'ViTModel'"),
+        (["convert", "transformers:ViTModel", "-o", "x"], "has no trained weights"),
         (["plan", "hf:no/such-folder-here"], "hf:no/such-folder-here could not be loaded"),
         (["plan", "models.py:biuld"], "has no function 'biuld'; did you mean 'build'?"),
         (["plan", "models.py:broken"], "models.py:broken: KeyError: 'oops'"),

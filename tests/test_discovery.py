@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import random
+import threading
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -22,8 +22,14 @@ from torch.nn.utils import parametrizations
 import fdsurgery
 from fdsurgery import DiscoveryError, Site
 from fdsurgery.discovery import Inputs, example_inputs, observe
+from fdsurgery.discovery.flow import Flow
+from fdsurgery.discovery.record import record
+from fdsurgery.discovery.roles import find_roles
 
-ATTENTION = ("qkv", "q_proj", "k_proj", "v_proj", "query", "key", "value", "attn.proj", "attention.output", "out_proj")
+ATTENTION = (
+    "qkv", "q_proj", "k_proj", "v_proj", "o_proj", "query", "key", "value", "attn.proj", "attention.output", "out_proj",
+    "to_q", "to_k", "to_v", "to_out", "in_proj", "attn.q", "attn.k", "attn.v",
+)  # fmt: skip
 
 
 def by_name(model: nn.Module, inputs: Any = None) -> dict[str, Site]:
@@ -125,6 +131,15 @@ def attention(m: Any, x: Tensor) -> Tensor:
     return x + m.out(F.scaled_dot_product_attention(q, k, v))
 
 
+def spatial_gate(m: Any, x: Tensor) -> Tensor:
+    value, gate = F.gelu(m.a(x)).chunk(2, -1)
+    return x + m.b(value * m.over_tokens(gate.transpose(1, 2)).transpose(1, 2))
+
+
+def class_token_only(m: Any, x: Tensor) -> Tensor:
+    return torch.cat((x[:, :1] + m.b(F.gelu(m.a(x[:, :1]))), x[:, 1:]), 1)
+
+
 BLOCKS: dict[str, tuple[nn.Module, dict[str, str]]] = {
     "plain": (
         Layers(lambda m, x: x + m.b(F.gelu(m.a(x))), a=(8, 32), b=(32, 8)),
@@ -152,6 +167,16 @@ BLOCKS: dict[str, tuple[nn.Module, dict[str, str]]] = {
         ),
         {"a": "expand", "b": "project"},
     ),
+    "a layer over tokens inside": (
+        Layers(spatial_gate, a=(8, 32), over_tokens=(16, 16), b=(16, 8)),
+        {"a": "expand", "b": "project"},
+    ),
+    "pooled": (
+        Layers(lambda m, x: x + m.b(F.gelu(m.a(x)).mean(1, keepdim=True)), a=(8, 32), b=(32, 8)),
+        {},
+    ),
+    "one token": (Layers(class_token_only, a=(8, 32), b=(32, 8)), {}),
+    "one feature for all": (Layers(lambda m, x: x + m.b(F.gelu(m.a(x))), a=(8, 32), b=(32, 1)), {}),
     "attention": (Layers(attention, q=(8, 8), k=(8, 8), v=(8, 8), out=(8, 8)), {}),
     "activated attention": (
         Layers(
@@ -179,6 +204,77 @@ def test_an_ffn_is_what_widens_bends_narrows_and_is_added(name: str) -> None:
     assert {site.ffn for site in found.values()} <= {None, "block.b", "block.c"}
     assert len({site.ffn for site in found.values() if site.in_ffn}) == bool(expected)
     assert sites["stem"].role == "stem" and sites["head"].role == "head"
+
+
+class Pixels(nn.Module):
+    """1x1 convolutions by name with one 3x3 and one depthwise convolution, and what to do with them."""
+
+    def __init__(self, run: Callable[[Any, Tensor], Tensor], **shapes: tuple[int, int]) -> None:
+        super().__init__()
+        self.run = run
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        for name, shape in shapes.items():
+            self.add_module(name, nn.Conv2d(*shape, 1))
+        self.deep = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.dense = nn.Conv2d(16, 16, 3, padding=1)
+        self.first, self.second = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+        self.last = nn.Conv2d(8, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.run(self, self.stem(x))).mean((2, 3))
+
+
+def squeeze_excite(m: Any, x: Tensor) -> Tensor:
+    hidden = F.silu(m.deep(F.silu(m.a(x))))
+    return hidden * m.up(F.relu(m.down(hidden.mean((2, 3), keepdim=True)))).sigmoid()
+
+
+PIXELS: dict[str, tuple[nn.Module, dict[str, str]]] = {
+    "plain": (Pixels(lambda m, x: x + m.b(F.gelu(m.a(x))), a=(8, 32), b=(32, 8)), {"a": "expand", "b": "project"}),
+    "depthwise between": (
+        Pixels(lambda m, x: x + m.b(F.relu6(m.deep(F.relu6(m.a(x))))), a=(8, 16), b=(16, 8)),
+        {"a": "expand", "b": "project"},
+    ),
+    "squeeze and excitation between": (
+        Pixels(lambda m, x: x + m.b(squeeze_excite(m, x)), a=(8, 16), b=(16, 8), down=(16, 4), up=(4, 16)),
+        {"a": "expand", "b": "project"},
+    ),
+    "mixed into what it read": (
+        Pixels(lambda m, x: x + 0.1 * (m.b(F.relu(m.a(x))) - x), a=(8, 16), b=(16, 8)),
+        {"a": "expand", "b": "project"},
+    ),
+    "dense convolution between": (
+        Pixels(lambda m, x: x + m.b(F.relu(m.dense(F.relu(m.a(x))))), a=(8, 16), b=(16, 8)),
+        {},
+    ),
+    "dense convolutions": (Pixels(lambda m, x: x + m.second(F.relu(m.first(x)))), {}),
+    "narrow first": (Pixels(lambda m, x: x + m.b(F.relu(m.a(x))), a=(8, 4), b=(4, 8)), {}),
+    "added to another scale": (
+        Pixels(lambda m, x: m.c(x.square()) + m.b(F.relu(m.a(m.c(x)))), a=(8, 16), b=(16, 8), c=(8, 8)),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PIXELS)
+def test_an_ffn_may_be_made_of_convolutions(name: str) -> None:
+    block, expected = PIXELS[name]
+    assert {s.name: s.role for s in fdsurgery.sites(block, torch.randn(2, 3, 32, 32)) if s.in_ffn} == expected
+
+
+def test_a_block_that_runs_twice_is_one_ffn() -> None:
+    block = Layers(lambda m, x: x + m.b(F.gelu(m.a(x))), a=(8, 32), b=(32, 8))
+    sites = by_name(Tokens(nn.Sequential(block, block)), torch.randn(2, 3, 16, 16))
+    assert (sites["block.0.a"].role, sites["block.0.b"].role) == ("expand", "project")
+    assert sites["block.0.a"].calls == 2 and sites["block.0.a"].aliases == ("block.1.a",)
+
+
+def test_torchs_own_transformer_is_read() -> None:
+    block = nn.TransformerEncoderLayer(8, 2, 32, batch_first=True)
+    sites = by_name(Tokens(block), torch.randn(2, 3, 16, 16))
+    assert (sites["block.linear1"].role, sites["block.linear2"].role) == ("expand", "project")
+    assert sites["block.linear1"].obstacle is None
+    assert "MultiheadAttention" in sites["block.self_attn.out_proj"].obstacle
 
 
 def test_what_a_site_tells() -> None:
@@ -276,16 +372,56 @@ def test_what_stands_in_the_way_is_told() -> None:
         assert reason in sites[name].obstacle, (name, sites[name].obstacle)
 
 
+def test_a_glance_at_a_weight_is_no_obstacle() -> None:
+    class Glances(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 4, 4)
+            self.conv = nn.Conv2d(8, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x.type_as(self.stem.weight).to(self.stem.weight.device))
+            assert self.conv.weight.dim() == 4 and self.conv.weight.size(0) == 8
+            return self.conv(x.to(self.conv.weight.dtype)) + torch.zeros_like(self.conv.weight).sum()
+
+    assert [site.obstacle for site in fdsurgery.sites(Glances(), torch.randn(2, 3, 16, 16))] == [None, None]
+
+
+def test_a_hook_that_accelerate_hung_is_no_obstacle_and_stays() -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    for layer in model:
+        add_hook_to_module(layer, ModelHook())
+    forward = model[0].forward
+    assert [(site.calls, site.obstacle) for site in fdsurgery.sites(model)] == [(1, None), (1, None)]
+    assert model[0].forward is forward
+
+
+def test_lazy_layers_are_refused() -> None:
+    with pytest.raises(DiscoveryError, match=r"'0\.weight' has no shape yet"):
+        observe(nn.Sequential(nn.LazyConv2d(8, 3)), torch.randn(2, 3, 8, 8))
+
+
 def test_scripted_parts_are_kept() -> None:
     scripted = torch.jit.script(nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU()))
     model = nn.Sequential(nn.Conv2d(3, 8, 3), scripted, nn.Conv2d(8, 8, 3))
     sites = by_name(model, torch.randn(2, 3, 16, 16))
     assert "ScriptModule" in sites["1.0"].obstacle
     assert sites["2"].role != "stem", "what a scripted module returns comes from the layers before it"
+    assert sites["2"].obstacle is None
 
 
-def test_a_converted_model_is_observed_again() -> None:
-    model, x = CASES["timm convnext (linear FFN)"].settled()
+@pytest.mark.parametrize(
+    ("name", "layer_class"),
+    [
+        ("timm convnext (linear FFN)", "FDLinear"),
+        ("timm convnext (1x1 FFN)", "FDConv2d"),
+        ("timm resnet18", "FDConv2d"),
+    ],
+)
+def test_a_converted_model_is_observed_again(name: str, layer_class: str) -> None:
+    model, x = CASES[name].settled()
     before = by_name(model, x)
     plan = fdsurgery.plan(model, example_inputs=x)
     fdsurgery.apply(plan, model)
@@ -293,8 +429,9 @@ def test_a_converted_model_is_observed_again() -> None:
     assert list(after) == list(before)
     for decision in plan.swaps:
         site = after[decision.site.name]
-        assert site.obstacle == "it is dynamic already" and site.layer_class == "FDLinear" and site.calls == 1
+        assert site.obstacle == "it is dynamic already" and site.calls == 1
         assert site.role == decision.site.role
+    assert layer_class in {after[decision.site.name].layer_class for decision in plan.swaps}
     with pytest.raises(fdsurgery.PlanError, match="it is dynamic already"):
         fdsurgery.convert(model, example_inputs=x)
 
@@ -306,7 +443,7 @@ def everything(model: nn.Module) -> list[Any]:
     """All that could be changed by looking."""
     found: list[Any] = []
     for module in model.modules():
-        hooks = [len(value) for key, value in vars(module).items() if key.endswith("_hooks") and value is not None]
+        hooks = [list(value.items()) for key, value in vars(module).items() if key.endswith("_hooks") and value]
         found.append((id(module), module.training, sorted(vars(module)), hooks))
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
@@ -322,12 +459,106 @@ def test_looking_leaves_no_trace(name: str, training: bool) -> None:
     next(model.children()).train(not training)
     calls: list[str] = []
     model.register_forward_hook(lambda *_: calls.append("hook"))
-    state, things, random_state = copy.deepcopy(model.state_dict()), everything(model), torch.get_rng_state()
+    tensors = {name: tensor.clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    things = everything(model)
     observe(model, x)
     observe(model)
+    record(model, Inputs((x,)), meta=False)
     assert everything(model) == things and calls == []
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    now = dict((*model.named_parameters(), *model.named_buffers()))
+    assert now.keys() == tensors.keys() and all(torch.equal(now[name], tensors[name]) for name in now)
+
+
+@pytest.mark.parametrize("branching", [False, True])
+def test_a_replaced_forward_does_not_reach_past_the_copy(branching: bool) -> None:
+    """Its closure holds the model's own modules, in training mode and with hooks."""
+    block = nn.Sequential(nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1))
+    forward, calls = block.forward, []
+    block.forward = lambda x: 2 * forward(-x if branching and x.sum() > 0 else x)  # type: ignore[method-assign]
+    block[1].register_forward_hook(lambda *_: calls.append(1))
+    seen = observe(nn.Sequential(nn.Conv2d(3, 8, 3), block).train(), torch.randn(2, 3, 8, 8))
+    assert seen.tracer == ("real" if branching else "meta") and seen.calls == {"0": 1, "1.1": 1}
+    assert block[0].num_batches_tracked == 0 and not block[0].running_mean.any() and calls == []
+
+
+def test_a_layer_that_writes_to_its_weight_writes_to_a_copy() -> None:
+    class Lookup(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.conv = nn.Embedding(4, 8, max_norm=0.1), nn.Conv2d(3, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) + self.table(torch.arange(4)).sum()
+
+    model = Lookup()
+    before = model.table.weight.clone()
+    record(model, Inputs((torch.randn(2, 3, 8, 8),)), meta=False)
+    assert torch.equal(model.table.weight, before)
+
+
+def test_a_forward_that_writes_to_its_buffers_writes_to_copies() -> None:
+    class Counting(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            self.count.add_(1)
+            return super().forward(x)
+
+    model = Counting(nn.Conv2d(3, 8, 3))
+    model.register_buffer("count", torch.zeros(()))
+    for meta in (True, False):
+        record(model, Inputs((torch.randn(2, 3, 8, 8),)), meta=meta)
+    assert model.count == 0
+
+
+def test_the_forward_runs_in_eval_mode() -> None:
+    class Moody(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            assert not self.training
+            return super().forward(x)
+
+    model = nn.Sequential(Moody(3, 8, 3)).train()
+    assert observe(model).calls == {"0": 1} and model[0].training
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda blank, values: blank.__setitem__(slice(None), values),
+        lambda blank, values: blank.copy_(values),
+        lambda blank, values: blank[:, :4].copy_(values[:, :4]),
+        lambda blank, values: torch.mul(values, 2, out=blank),
+    ],
+    ids=["setitem", "in place", "through a view", "out="],
+)
+def test_data_flows_through_what_is_written_in_place(write: Callable[[Tensor, Tensor], Any]) -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.after = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            values = self.conv(x)
+            blank = torch.zeros(values.shape, device=x.device)
+            write(blank, values)
+            return self.after(blank)
+
+    after = by_name(Writes(), torch.randn(2, 3, 8, 8))["after"]
+    assert after.obstacle is None and after.role == "head"
+
+
+def test_data_flows_through_code_that_cannot_be_watched() -> None:
+    class Hidden(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch._C.DisableTorchFunction():  # as an extension would
+                return x * 2
+
+    after = fdsurgery.sites(nn.Sequential(nn.Conv2d(3, 8, 3), Hidden(), nn.Conv2d(8, 8, 3)))[1]
+    assert after.obstacle is None and after.role == "head"
+
+
+def test_what_cannot_be_copied_is_shared() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    model.lock = threading.Lock()
+    assert observe(model).calls == {"0": 1}
 
 
 def test_meta_tensors_serve_where_they_can_and_real_ones_where_not() -> None:
@@ -363,11 +594,29 @@ def test_a_model_on_meta_is_observed() -> None:
     assert observe(model).tracer == "meta" and len(observe(model).sites) == 21
 
 
-def test_what_meta_shows_is_what_real_tensors_show() -> None:
-    from fdsurgery.discovery.flow import Flow
-    from fdsurgery.discovery.record import record
-    from fdsurgery.discovery.roles import find_roles
+class Picky(nn.Sequential):
+    """Takes only small images, and looks at them."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != 64:
+            raise ValueError("small images only")
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+def test_a_real_forward_gets_the_input_that_only_meta_tensors_could_not_serve() -> None:
+    seen = observe(Picky(nn.Conv2d(3, 8, 3)))
+    assert seen.tracer == "real" and [tuple(x.shape) for _, x in seen.inputs.tensors()] == [(2, 3, 64, 64)]
+    assert "meta" in seen.note
+
+
+def test_a_model_on_meta_that_needs_values_says_so() -> None:
+    with torch.device("meta"):
+        model = Picky(nn.Conv2d(3, 8, 3))
+    with pytest.raises(DiscoveryError, match=r"\(2, 3, 64, 64\).*weights are on the meta device"):
+        observe(model)
+
+
+def test_what_meta_shows_is_what_real_tensors_show() -> None:
     for name in ("timm swin", "hf segformer", "timm mobilenetv3 (no recipe of its own)"):
         model, x = CASES[name].settled()
         layers = {key: module for key, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
@@ -435,3 +684,64 @@ def test_every_timm_family_is_observed_and_no_attention_is_taken_for_an_ffn() ->
         wrong = [site.name for site in seen.sites if site.in_ffn and any(word in site.name for word in ATTENTION)]
         assert not wrong, (name, wrong)
     assert not failed, failed
+
+
+# FFNs of linear layers, and of 1x1 convolutions: one for each residual MLP and inverted residual block.
+FFNS = {
+    "caformer_s18": (12, 12),  # six of them are its separable convolutions
+    "coat_tiny": (14, 0),
+    "convit_tiny": (12, 0),
+    "crossvit_tiny_240": (15, 0),
+    "csatv2": (32, 0),
+    "densenet121": (0, 0),
+    "edgenext_xx_small": (12, 0),
+    "efficientformer_l1": (1, 14),
+    "efficientnet_b0": (0, 9),
+    "efficientvim_m1": (0, 6),
+    "eva02_tiny_patch14_224": (12, 0),
+    "fastvit_t8": (0, 10),
+    "focalnet_tiny_srf": (0, 12),
+    "gmlp_ti16_224": (30, 0),
+    "hiera_tiny_224": (12, 0),
+    "levit_128s": (11, 0),
+    "mvitv2_tiny": (10, 0),
+    "pvt_v2_b0": (8, 0),
+    "resnet50": (0, 0),
+    "swinv2_tiny_window8_256": (12, 0),
+    "test_mambaout": (6, 0),
+    "tiny_vit_5m_224": (10, 2),
+    "tnt_s_legacy_patch16_224": (24, 0),
+    "twins_svt_small": (18, 0),
+    "vit_base_patch16_xp_224": (0, 0),  # fc1 is one layer with qkv
+    "vit_small_plus_patch16_dinov3": (12, 0),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FFNS)
+def test_ffns_of_the_zoo(name: str) -> None:
+    with torch.device("meta"):
+        seen = observe(timm.create_model(name))
+    found = Counter(site.kind for site in seen.sites if site.role == "project")
+    assert (found["linear"], found["conv"]) == FFNS[name]
+
+
+@pytest.mark.slow
+def test_a_detector_is_observed() -> None:
+    detector = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(
+        weights=None, weights_backbone=None, min_size=64, max_size=64
+    )
+    seen = observe(detector)
+    assert seen.tracer == "real" and seen.note
+    assert all(seen.calls.values())
+    assert seen.calls["rpn.head.cls_logits"] == 3, "once for each scale"
+
+
+@pytest.mark.slow
+def test_a_segmenter_that_holds_layers_in_lists_is_observed() -> None:
+    with torch.device("meta"):
+        model = transformers.Mask2FormerForUniversalSegmentation(transformers.Mask2FormerConfig())
+    seen = observe(model)
+    assert sum(site.role == "project" for site in seen.sites) == 24 + 6 + 9  # Swin, pixel decoder, decoder
+    assert all(site.calls or "MultiheadAttention" in site.obstacle for site in seen.sites)
+    assert not [site.name for site in seen.sites if site.in_ffn and any(word in site.name for word in ATTENTION)]

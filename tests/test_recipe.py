@@ -348,3 +348,54 @@ def test_families_are_recognised() -> None:
 def test_a_timm_model_inside_transformers_is_recognised_by_its_architecture() -> None:
     config = transformers.TimmWrapperConfig(architecture="resnet18")
     assert detect_recipe(transformers.TimmWrapperModel(config))[0] == "resnet"
+
+
+# Composite models
+
+
+class Segmenter(nn.Module):
+    """A backbone that is recognised, one that is not, and a decoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = timm.create_model("resnet18", features_only=True, out_indices=(1, 2))
+        self.decoder = nn.ModuleDict({"conv": nn.Conv2d(128, 32, 3), "out": nn.Conv2d(32, 5, 1)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.decoder["out"](self.decoder["conv"](self.backbone(x)[-1]).relu())
+
+
+def decided(text: str, **kwargs: object) -> dict[str, str]:
+    plan = fdsurgery.plan(Segmenter(), parse_recipe(text), **kwargs)
+    return {decision.site.name: decision.rule or decision.reason for decision in plan.decisions if decision.swap}
+
+
+def test_a_part_is_decided_by_its_own_recipe() -> None:
+    by = decided("delegate: {backbone: auto}\nswap: [{where: {name: 'decoder.*', kernel_size: 3}}]")
+    assert by.pop("decoder.conv") == "recipe.yaml:2"
+    assert all(rule.startswith("resnet.yaml:") for rule in by.values()) and len(by) == 8
+    assert all(name.startswith("backbone.layer") for name in by)
+
+
+def test_keep_comes_before_the_part_and_swap_after() -> None:
+    by = decided(
+        "delegate: {'*bone': resnet}\nkeep: [{name: 'backbone.layer1.*', because: x}]\n"
+        "swap: [{where: {role: [spatial, stem]}}]"
+    )
+    assert {name.split(".")[1] for name in by} == {"layer2", "conv"}, "the stem is the part's, and the part keeps it"
+
+
+def test_a_part_that_is_not_there_is_an_error_with_its_place(tmp_path: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"recipe\.yaml:1:12: delegate\.backbon: .*no such part; did you mean 'backbone'"
+    ):
+        decided("delegate: {backbon: auto}")
+    with pytest.raises(RecipeError, match=r"recipe\.yaml:1:12: delegate\.backbone: no recipe is called 'resnett'"):
+        decided("delegate: {backbone: resnett}")
+    with pytest.raises(RecipeError, match=r"ffn\.yaml:5:5: swap\[0\]: no site of this model has role ffn"):
+        decided("delegate: {backbone: ffn}")
+    (tmp_path / "part.yaml").write_text("swap: [{where: {name: 'layer1.0.conv1'}}]")
+    (tmp_path / "whole.yaml").write_text("delegate: {backbone: part.yaml}")
+    plan = fdsurgery.plan(Segmenter(), tmp_path / "whole.yaml")
+    assert [decision.site.name for decision in plan.swaps] == ["backbone.layer1.0.conv1"]
+    assert plan.swaps[0].rule == f"{tmp_path / 'part.yaml'}:1"

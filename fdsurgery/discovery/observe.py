@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import DiscoveryError
 from .flow import Flow, layer_input, shape_of
@@ -80,8 +82,12 @@ def observe(model: nn.Module, example_inputs: Any = None) -> Observation:
         The data flow as a graph, and the sites with their roles in it.
 
     Raises:
-        DiscoveryError: the model's forward ran with no inputs that could be guessed, or not with those given.
+        DiscoveryError: the model's forward ran with no inputs that could be guessed, or not with those given; or it has
+            lazy layers, which are nothing yet.
     """
+    for name, weight in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(weight):
+            raise DiscoveryError(f"{name!r} has no shape yet (a lazy layer); call the model once on real inputs first")
     layers = _layers(model)
     graph, inputs, tracer, note = _first_that_runs(model, example_inputs)
     flow = Flow(graph, layers)
@@ -220,7 +226,23 @@ def _seen(flow: Flow, name: str, role: Role, ffn: str | None) -> dict[str, Any]:
     calls = flow.calls.get(name, [])
     shape = shape_of(layer_input(calls[0])) if calls else None
     layout = _layout(flow.layers[name], shape)
-    return {"role": role, "ffn": ffn, "calls": len(calls), "input_shape": shape, "layout": layout}
+    return {
+        "role": role,
+        "ffn": ffn,
+        "calls": len(calls),
+        "input_shape": shape,
+        "layout": layout,
+        "multiply_adds": sum(_multiply_adds(flow, call) for call in calls) // flow.batch,
+    }
+
+
+def _multiply_adds(flow: Flow, call: fx.Node) -> int:
+    """Of one call, over the whole batch: each output value is a sum over the inputs that one filter sees."""
+    layer: Any = flow.layer(call)
+    values = math.prod(shape_of(call) or (0,))
+    if isinstance(layer, nn.Conv2d):
+        return values * layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+    return values * int(layer.in_features)
 
 
 def _geometry(layer: Any) -> dict[str, Any]:

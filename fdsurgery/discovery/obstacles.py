@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .flow import Flow, layer_input, shape_of
+from .flow import Flow, Node, layer_input, shape_of
+
+_TAKE_AFTER = {"to", "type_as", "view_as", "reshape_as", "expand_as"}
 
 
 def find_obstacles(model: nn.Module, flow: Flow) -> dict[str, str]:
@@ -79,9 +81,18 @@ def _readers(flow: Flow) -> dict[str, str]:
     readers: dict[str, str] = {}
     for node in flow.nodes:
         owner = str(node.target).rpartition(".")[0] if node.op == "get_attr" else ""
-        if owner in flow.layers:
-            readers.setdefault(owner, next((user.meta.get("fqn", "") for user in node.users), ""))
+        users = [user for user in node.users if _reads_values(flow, user, node)] if owner in flow.layers else []
+        if users:
+            readers.setdefault(owner, users[0].meta.get("fqn", ""))
     return readers
+
+
+def _reads_values(flow: Flow, user: Node, weight: Node) -> bool:
+    """False where only dtype, device or shape of the weight matter, which a new layer's weight has too."""
+    op = flow.op[user]
+    if op.endswith("_like") or op.startswith("new_"):
+        return False
+    return op not in _TAKE_AFTER or user.all_input_nodes[0] is weight
 
 
 def _read_past(reader: str | None, modules: Mapping[str, nn.Module]) -> str | None:

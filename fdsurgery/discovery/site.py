@@ -53,6 +53,8 @@ class Site:
     input_shape: tuple[int, ...] | None = None
     calls: int = 0
     """Number of times one forward of the model calls the layer."""
+    multiply_adds: int = 0
+    """Multiply-adds of the plain layer for one sample, over all its calls."""
     obstacle: str | None = None
     """Why no operator can take this layer's place, whatever the recipe says; None if nothing stands in the way."""
 

@@ -8,11 +8,11 @@ accelerate's device hooks) does not come along, since it closes over state that 
 from __future__ import annotations
 
 import copy
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 
@@ -21,7 +21,8 @@ def twin_of(model: nn.Module, *, meta: bool) -> tuple[nn.Module, list[Tensor]]:
 
     Args:
         model: any module; it is only read.
-        meta: put every tensor of the copy on the meta device; otherwise parameters are shared and all else is cloned.
+        meta: put every tensor of the copy on the meta device; otherwise parameters are shared, save those that their
+            layer writes to as it runs, and all else is cloned.
 
     Returns:
         The copy, with the module names of the model, and the tensors in it that are neither parameter nor buffer
@@ -31,16 +32,43 @@ def twin_of(model: nn.Module, *, meta: bool) -> tuple[nn.Module, list[Tensor]]:
         Exception: whatever `copy.deepcopy` says when the model cannot be copied at all.
     """
     with torch.no_grad(), _CopyTensors(meta) as copies:
+        memo = _memo(model, meta)
         try:
-            twin = copy.deepcopy(model, _memo(model, meta))
+            twin = copy.deepcopy(model, memo)
         except Exception:
             # An attribute somewhere (a file, a lock, a user's trainer) has no copy; it is shared instead.
-            twin = copy.deepcopy(model, _memo(model, meta) | _uncopyable(model, meta))
+            memo = _memo(model, meta) | _uncopyable(model, meta)
+            twin = copy.deepcopy(model, memo)
+        for module in twin.modules():
+            if "forward" in vars(module):
+                module.__dict__["forward"] = _rebound(module.__dict__["forward"], memo)
     for module in twin.modules():
         # Not `twin.eval()`: a class may do more than flip a flag there, such as merging weights that we share.
         module.__dict__["training"] = False
         _strip_hooks(module)
     return twin, copies.tensors
+
+
+def _rebound(function: Any, memo: dict[int, Any]) -> Any:
+    """The same function over copies of what it closes over.
+
+    `copy.deepcopy` takes functions for constants. A forward that was replaced by a closure over the old one would run
+    the model's own modules, and their batch norms would learn from our input.
+    """
+    if not isinstance(function, FunctionType):
+        return function
+
+    def copied(value: Any) -> Any:
+        return _rebound(value, memo) if isinstance(value, FunctionType) else copy.deepcopy(value, memo)
+
+    try:
+        cells = tuple(CellType(copied(cell.cell_contents)) for cell in function.__closure__ or ())
+        defaults = tuple(map(copied, function.__defaults__ or ()))
+    except Exception:  # no copy, or a function that closes over itself
+        return function
+    rebound = FunctionType(function.__code__, function.__globals__, function.__name__, defaults, cells)
+    rebound.__kwdefaults__ = function.__kwdefaults__
+    return rebound
 
 
 class _CopyTensors(TorchFunctionMode):
@@ -76,13 +104,16 @@ def _memo(model: nn.Module, meta: bool) -> dict[int, Any]:
     """What `copy.deepcopy` shall take for the objects it meets, by their ids."""
     memo: dict[int, Any] = {}
     for module in model.modules():
+        # `max_norm` makes an embedding shrink its weight in place, in eval mode too.
+        written_to = getattr(module, "max_norm", None) is not None
         for parameter in module._parameters.values():
-            if parameter is not None and not is_lazy(parameter):
-                memo[id(parameter)] = (
-                    nn.Parameter(_on_meta(parameter.detach()), parameter.requires_grad) if meta else parameter
-                )
+            if parameter is not None and (meta or written_to):
+                values = _on_meta(parameter.detach()) if meta else parameter.detach().clone()
+                memo[id(parameter)] = nn.Parameter(values, parameter.requires_grad)
+            elif parameter is not None:
+                memo.setdefault(id(parameter), parameter)
         for buffer in module._buffers.values():
-            if buffer is not None and not is_lazy(buffer):
+            if buffer is not None:
                 memo[id(buffer)] = _on_meta(buffer) if meta else buffer.detach().clone()
         for hooks in _hook_dicts(module):
             memo.update((id(hook), None) for hook in hooks.values() if not _torch_owns(hook))

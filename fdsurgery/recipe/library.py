@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import RecipeError, near_misses
 from .conditions import matches_any
-from .rules import Recipe
+from .rules import Delegate, Recipe
 from .schema import RecipeFile, read_file
 from .yaml_source import KeyPath, YamlSource, parse_yaml
 
@@ -151,6 +151,7 @@ def _resolve(parsed: _Parsed, chain: tuple[_Origin, ...]) -> Recipe:
     source, file = parsed
     own = chain[-1]
     keep, swap = list(file.keep_rules(source)), list(file.swap_rules(source))
+    delegate = [_located(part, own.folder) for part in file.delegates(source)]
     for index, name in enumerate(file.extends):
         place: KeyPath = ("extends", index) if isinstance(source.data["extends"], list) else ("extends",)
         try:
@@ -165,7 +166,27 @@ def _resolve(parsed: _Parsed, chain: tuple[_Origin, ...]) -> Recipe:
         # A recipe that two parents extend gives its rules once.
         keep += [rule for rule in inherited.keep if rule not in keep]
         swap += [rule for rule in inherited.swap if rule not in swap]
-    return Recipe(own.name, file.description, file.match_rules(), tuple(keep), tuple(swap))
+        delegate += [part for part in inherited.delegate if part not in delegate]
+    return Recipe(
+        own.name,
+        file.description,
+        file.match_rules(),
+        tuple(keep),
+        tuple(swap),
+        tuple(delegate),
+        file.all_figures(),
+    )
+
+
+def _located(part: Delegate, folder: Path | None) -> Delegate:
+    """A delegate whose recipe can be loaded from anywhere."""
+    if part.recipe == "auto":
+        return part
+    try:
+        origin = _find(part.recipe, folder)
+    except RecipeError as error:
+        raise RecipeError(f"{part.place}: {error}") from None
+    return part if part.recipe in shipped_recipes() else replace(part, recipe=origin.label)
 
 
 def recipe_family(model: nn.Module) -> tuple[str, str]:

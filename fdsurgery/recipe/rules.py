@@ -67,6 +67,30 @@ class Match:
 
 
 @dataclass(frozen=True)
+class Delegate:
+    """Parts of a composite model that another recipe decides, such as a detector's backbone."""
+
+    module: str
+    """Pattern for the part's fully qualified name."""
+    recipe: str
+    """A recipe's name or file, or `auto` to recognise the part."""
+    place: str
+    """Where it stands: `file:line:column: key`."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the recipe does to one model; checked by the tests for the shipped recipes."""
+
+    model: str
+    """SPEC of the model."""
+    swaps: int
+    parameters_added: int
+    multiply_adds: int
+    """Of the swapped layers while they were plain, for one image of the model's native size."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Rules for a family of models, inherited ones included. Made by `load_recipe`."""
 
@@ -75,6 +99,8 @@ class Recipe:
     match: Match = field(default_factory=Match)
     keep: tuple[KeepRule, ...] = ()
     swap: tuple[SwapRule, ...] = ()
+    delegate: tuple[Delegate, ...] = ()
+    figures: tuple[Figures, ...] = ()
 
     @property
     def rules(self) -> tuple[KeepRule | SwapRule, ...]:

@@ -12,7 +12,7 @@ from fdconv import FDConfig
 from ..errors import RecipeError, near_misses
 from ..operators import get_operator
 from .conditions import Patterns, Where
-from .rules import KeepRule, Match, SwapRule
+from .rules import Delegate, Figures, KeepRule, Match, SwapRule
 from .yaml_source import KeyPath, YamlSource
 
 
@@ -67,6 +67,19 @@ class SwapEntry(_Closed):
     """The rule may match no layer."""
 
 
+class FiguresEntry(_Closed):
+    """What the recipe does to one model."""
+
+    model: str
+    """The model's SPEC, e.g. `timm:resnet50`."""
+    swaps: int
+    """Layers swapped."""
+    parameters_added: int
+    """Parameters gained."""
+    multiply_adds: int
+    """Of the swapped layers while they were plain, for one image of the model's native size."""
+
+
 class RecipeFile(_Closed):
     """A whole file."""
 
@@ -82,10 +95,18 @@ class RecipeFile(_Closed):
     """Layers that stay as they are, whatever `swap` says."""
     swap: tuple[SwapEntry, ...] = Field(default=(), strict=False)
     """Layers to swap; the first entry that matches decides."""
+    delegate: dict[str, str] = Field(default_factory=dict)
+    """Parts of a composite model (globs for module names) and the recipe of each: `auto`, a name or a file."""
+    figures: tuple[FiguresEntry, ...] = Field(default=(), strict=False)
+    """What the recipe does to some models, for readers and tests."""
 
     def match_rules(self) -> Match:
         """The globs by which the family is recognised."""
         return Match(self.match.timm, self.match.transformers, self.match.torchvision)
+
+    def all_figures(self) -> tuple[Figures, ...]:
+        """The entries of `figures`."""
+        return tuple(Figures(**dict(entry)) for entry in self.figures)
 
     def keep_rules(self, source: YamlSource) -> tuple[KeepRule, ...]:
         """The entries of `keep`, each with its place in the file."""
@@ -100,6 +121,12 @@ class RecipeFile(_Closed):
         return tuple(
             SwapRule(entry.where, *_place(source, "swap", index), entry.optional, entry.operator, entry.with_)
             for index, entry in enumerate(self.swap)
+        )
+
+    def delegates(self, source: YamlSource) -> tuple[Delegate, ...]:
+        """The entries of `delegate`, each with its place in the file."""
+        return tuple(
+            Delegate(module, recipe, source.place_of(("delegate", module))) for module, recipe in self.delegate.items()
         )
 
 
@@ -178,7 +205,7 @@ def _fault(fault: Any, source: YamlSource) -> tuple[tuple[int, int], RecipeError
 
 def _keys_at(path: KeyPath) -> list[str]:
     models: dict[KeyPath, type[BaseModel]] = {(): RecipeFile, ("match",): MatchEntry, ("keep",): KeepEntry}
-    models |= {("swap",): SwapEntry, ("swap", "where"): Where}
+    models |= {("swap",): SwapEntry, ("swap", "where"): Where, ("figures",): FiguresEntry}
     model = models[tuple(step for step in path if isinstance(step, str))]
     return [field.alias or name for name, field in model.model_fields.items()]
 

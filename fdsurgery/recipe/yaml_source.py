@@ -39,9 +39,12 @@ class YamlSource:
 
     def error(self, path: KeyPath, message: str) -> RecipeError:
         """A `RecipeError` that begins with `file:line:column: keys:`."""
+        return RecipeError(f"{self.place_of(path)}: {message}")
+
+    def place_of(self, path: KeyPath) -> str:
+        """The innermost part of `path` that the file has, as `file:line:column: keys`."""
         found, (line, column) = self._place(path)
-        keys = key_text(path if len(path) == len(found) else found)
-        return RecipeError(f"{self.file}:{line}:{column}: {keys + ': ' if keys else ''}{message}")
+        return f"{self.file}:{line}:{column}" + (f": {key_text(found)}" if found else "")
 
     def _place(self, path: KeyPath) -> tuple[KeyPath, tuple[int, int]]:
         while path and path not in self.places:
