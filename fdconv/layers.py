@@ -8,7 +8,7 @@ weigh the frequency bands of their input (FBM). Source: FDConv (arXiv 2503.18783
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -190,6 +190,9 @@ class FDConv2d(FrequencyDynamic, nn.Conv2d):  # type: ignore[misc, override]  # 
         ValueError: for arguments that `nn.Conv2d` refuses, or `config.band_groups` that do not divide `in_channels`.
     """
 
+    static_class: ClassVar[type[nn.Conv2d]] = nn.Conv2d
+    """What `to_conv` makes."""
+
     def __init__(
         self,
         in_channels: int,
@@ -245,7 +248,7 @@ class FDConv2d(FrequencyDynamic, nn.Conv2d):  # type: ignore[misc, override]  # 
 
     def to_conv(self) -> nn.Conv2d:
         """The plain convolution with this layer's neutral weight."""
-        conv = nn.Conv2d(**_geometry(self), device="meta", dtype=self.dft_weight.dtype)
+        conv = self.static_class(**_geometry(self), device="meta", dtype=self.dft_weight.dtype)
         self._hand_over(conv)
         return conv
 

@@ -260,7 +260,7 @@ def _parameters_added(layer: nn.Module, decision: Decision) -> int:
         else:
             twin = nn.Linear(site.in_channels, site.out_channels, bias)
         new = get_operator(decision.operator).replace(twin, decision.settings)
-    return _count(new) - _count(twin)
+    return _count(new) - _count(layer)
 
 
 def _count(module: nn.Module) -> int:

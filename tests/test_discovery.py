@@ -329,7 +329,7 @@ class Hazards(nn.Module):
         self.patched = nn.Linear(8, 8)
         forward = self.patched.forward
         self.patched.forward = lambda x: 2 * forward(x)  # type: ignore[method-assign]
-        self.subclass = Standardised(8, 8, 1)
+        self.subclass = Shifted(8, 8, 1)
         self.constant = nn.Linear(2, 8)
         self.register_buffer("positions", torch.randn(4, 2))
         self.free = nn.Linear(8, 8)
@@ -345,9 +345,9 @@ class Hazards(nn.Module):
         return x.mean(1)
 
 
-class Standardised(nn.Conv2d):
+class Shifted(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight / self.weight.std(), self.bias)
+        return F.conv2d(x, self.weight, self.bias) + 1
 
 
 OBSTACLES = {
@@ -357,10 +357,9 @@ OBSTACLES = {
     "attention.out_proj": "weight is read past the layer by 'attention' (MultiheadAttention)",
     "one": "shares a parameter with 'other.weight'",
     "other": "shares a parameter with 'one.weight'",
-    "normed": "parametrised",
     "hooked": "computed before each call",
     "patched": "forward was replaced",
-    "subclass": "forward is not nn.Conv2d's own; Standardised",
+    "subclass": "does more than one convolution or product",
     "constant": "does not depend on the model's input",
 }
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .effective import effective_layer
 from .flow import Flow, Node, layer_input, shape_of
 
 _TAKE_AFTER = {"to", "type_as", "view_as", "reshape_as", "expand_as"}
@@ -34,6 +34,7 @@ def find_obstacles(model: nn.Module, flow: Flow) -> dict[str, str]:
             or _of_its_weights(name, layer, owners)
             or _read_past(readers.get(name), modules)
             or _of_its_input(flow, name)
+            or _of_its_class(layer)
         )
         if reason:
             found[name] = reason
@@ -47,33 +48,29 @@ def _of_the_layer(name: str, layer: nn.Module) -> str | None:
         return "it is the whole model; put it into a module, and that module can be converted"
     if isinstance(layer, (FDConv2d, FDLinear)):
         return "it is dynamic already"
-    if parametrize.is_parametrized(layer):
-        return "its parameters are parametrised (torch.nn.utils.parametrize); remove the parametrisation first"
-    base = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
-    kind = type(layer)
-    own = kind.forward is base.forward and getattr(kind, "_conv_forward", None) is getattr(base, "_conv_forward", None)
-    if not own:
-        return (
-            f"its forward is not nn.{base.__name__}'s own; {kind.__name__} computes something else, or in another way"
-        )
     if "forward" in vars(layer) and "_hf_hook" not in vars(layer):
         return "its forward was replaced on this very module, and would be lost with it"
     return None
 
 
 def _of_its_weights(name: str, layer: nn.Module, owners: Mapping[int, list[str]]) -> str | None:
-    weight = layer._parameters.get("weight")
-    if weight is None:
+    weight = layer.weight if parametrize.is_parametrized(layer, "weight") else layer._parameters.get("weight")
+    if not isinstance(weight, Tensor):
         return "its weight is no parameter but computed before each call, as by weight norm, spectral norm or pruning"
     if not weight.is_floating_point():
         return f"its weight is not floating point but {weight.dtype}; dequantise the model first"
-    if type(weight.data) is not torch.Tensor:
+    if type(weight.data) is not Tensor:
         return f"its weight is a {type(weight.data).__name__}, not a plain tensor"
-    for parameter in layer._parameters.values():
-        others = [other for other in owners.get(id(parameter), ()) if other.rpartition(".")[0] != name]
-        if parameter is not None and others:
+    for parameter in layer.parameters():
+        others = [other for other in owners.get(id(parameter), ()) if not other.startswith(name + ".")]
+        if others:
             return f"it shares a parameter with {others[0]!r}; the two would drift apart"
     return None
+
+
+def _of_its_class(layer: nn.Module) -> str | None:
+    effective = effective_layer(layer)
+    return effective if isinstance(effective, str) else None
 
 
 def _readers(flow: Flow) -> dict[str, str]:

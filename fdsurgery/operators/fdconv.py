@@ -9,8 +9,10 @@ from torch import nn
 
 from fdconv import FDConfig, FDConv2d, FDLinear
 
+from ..discovery.effective import effective_layer
 from ..discovery.site import Site
-from ..errors import RecipeError, near_misses
+from ..errors import RecipeError, RewriteError, near_misses
+from .same_padding import SameFDConv2d
 
 
 class FDConvOperator:
@@ -39,10 +41,13 @@ class FDConvOperator:
 
     def replace(self, layer: nn.Module, settings: dict[str, Any]) -> nn.Module:
         config = FDConfig(**settings)
-        if isinstance(layer, nn.Conv2d):
-            return FDConv2d.from_conv(layer, config)
-        assert isinstance(layer, nn.Linear)
-        return FDLinear.from_linear(layer, config)
+        effective = effective_layer(layer)
+        if isinstance(effective, str):
+            raise RewriteError(effective)
+        if isinstance(effective.layer, nn.Linear):
+            return FDLinear.from_linear(effective.layer, config)
+        kind = SameFDConv2d if effective.pads_same else FDConv2d
+        return kind.from_conv(effective.layer, config)
 
     def owns(self, layer: nn.Module) -> bool:
         return isinstance(layer, (FDConv2d, FDLinear))
