@@ -40,7 +40,7 @@ def test_each_rule_says_how_many_sites_it_means_and_decides() -> None:
 
 
 def test_an_explanation_agrees_with_the_plan() -> None:
-    for name in ("timm resnet18", "timm mobilenetv3 (no recipe of its own)"):
+    for name in ("timm resnet18", "timm ghostnet (no recipe of its own)"):
         plan = fdsurgery.plan(CASES[name].build())
         for decision in plan.decisions:
             deciding = [v.rule.label for v in explain(load_recipe(plan.recipe), decision.site) if v.decides]

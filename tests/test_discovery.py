@@ -295,6 +295,51 @@ def test_layouts_of_linear_layers(shape: tuple[int, ...], layout: str) -> None:
     assert fdsurgery.sites(nn.Sequential(nn.Linear(8, 8)), torch.randn(shape))[0].layout == layout
 
 
+@pytest.mark.parametrize(
+    "inputs",
+    [torch.randn(4, 8), torch.randn(4, 5, 8), torch.randn(4, 5, 6, 8), {"input": torch.randn(4, 5, 8)}],
+    ids=["rows", "tokens", "pixels", "by keyword"],
+)
+def test_multiply_adds_are_those_of_one_sample(inputs: Any) -> None:
+    shape = (inputs["input"] if isinstance(inputs, dict) else inputs).shape
+    site = fdsurgery.sites(nn.ModuleDict({"layer": nn.Linear(8, 3)})["layer"], inputs)[0]
+    assert site.multiply_adds == shape.numel() // 4 * 3
+
+
+def test_multiply_adds_of_convolutions() -> None:
+    class TakesAList(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 6, (1, 3), stride=2, groups=2)
+
+        def forward(self, images: list[Tensor]) -> Tensor:
+            return self.conv(torch.stack(images)) + self.conv(torch.stack(images).flip(3))
+
+    outputs, summands, calls = 6 * 4 * 3, 2 * 3, 2
+    for count in (1, 3):
+        site = fdsurgery.sites(TakesAList(), ([torch.randn(4, 7, 7) for _ in range(count)],))[0]
+        assert site.multiply_adds == outputs * summands * calls
+
+
+class PackedPatches(nn.Module):
+    """Takes the patches of all images as rows, and for each image how many there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 8)
+        self.expand, self.project = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, rows: Tensor, grid: Tensor) -> Tensor:
+        x = self.embed(rows)
+        return (x + self.project(F.gelu(self.expand(x)))).cos()
+
+
+def test_rows_may_be_patches() -> None:
+    sites = by_name(PackedPatches(), (torch.randn(40, 8), torch.tensor([[1, 4, 5]] * 2)))
+    assert (sites["expand"].role, sites["project"].role) == ("expand", "project")
+    assert sites["expand"].multiply_adds == 20 * 8 * 32
+
+
 def test_a_frozen_norm_hides_no_shortcut() -> None:
     config = transformers.DetrConfig(
         use_timm_backbone=False,
@@ -480,6 +525,39 @@ def test_a_replaced_forward_does_not_reach_past_the_copy(branching: bool) -> Non
     assert block[0].num_batches_tracked == 0 and not block[0].running_mean.any() and calls == []
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_compiled_models_run_as_they_were_written(whole: bool) -> None:
+    block = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1))
+    compiled = torch.compile(block)
+    model = compiled if whole else nn.Sequential(compiled)
+    seen = observe(model.train(), torch.randn(2, 3, 8, 8))
+    assert seen.tracer == "meta" and list(seen.calls.values()) == [1, 1]
+    assert [site.role for site in seen.sites] == ["stem", "head"]
+    assert block[1].num_batches_tracked == 0
+
+
+class Remembers(nn.Conv2d):
+    """Counts its calls, draws, and keeps what it saw."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__(*shape)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        self.last = x
+        return super().forward(x + 0 * torch.rand(()))
+
+
+def test_layers_that_change_as_they_run_are_left_alone() -> None:
+    model = nn.Sequential(parametrizations.spectral_norm(nn.Conv2d(3, 8, 3)), Remembers(8, 8, 1)).train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    state, attributes = torch.get_rng_state(), sorted(vars(model[1]))
+    fdsurgery.sites(model, torch.randn(2, 3, 8, 8, generator=torch.Generator()))
+    assert len(before) == 3 and all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert torch.equal(torch.get_rng_state(), state) and sorted(vars(model[1])) == attributes
+
+
 def test_a_layer_that_writes_to_its_weight_writes_to_a_copy() -> None:
     class Lookup(nn.Module):
         def __init__(self) -> None:
@@ -616,7 +694,7 @@ def test_a_model_on_meta_that_needs_values_says_so() -> None:
 
 
 def test_what_meta_shows_is_what_real_tensors_show() -> None:
-    for name in ("timm swin", "hf segformer", "timm mobilenetv3 (no recipe of its own)"):
+    for name in ("timm swin", "hf segformer", "timm ghostnet (no recipe of its own)"):
         model, x = CASES[name].settled()
         layers = {key: module for key, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
         meta, real = (find_roles(Flow(record(model, Inputs((x,)), meta=meta), layers)) for meta in (True, False))

@@ -71,6 +71,13 @@ def test_the_effective_layer_takes_the_place_and_restores(name: str, size: tuple
     assert not isinstance(model[1], (FDConv2d, FDLinear))
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_on_meta_amount_to_the_same(name: str) -> None:
+    found, on_meta = effective_layer(LAYERS[name]()), effective_layer(LAYERS[name]().to("meta"))
+    assert not isinstance(found, str) and not isinstance(on_meta, str)
+    assert found.pads_same == on_meta.pads_same and repr(found.layer) == repr(on_meta.layer)
+
+
 def test_same_padding_is_tensorflows() -> None:
     for size in range(5, 20):
         for kernel, stride, dilation in [(3, 2, 1), (5, 3, 1), (2, 2, 1), (3, 1, 2), (1, 4, 1)]:

@@ -16,6 +16,10 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
+from fdconv.precision import without_autocast
+
+from .twin import same_random_numbers, twin_of
+
 
 @dataclass(frozen=True)
 class Effective:
@@ -44,15 +48,22 @@ def effective_layer(layer: nn.Module) -> Effective | str:
     """The plain layer that `layer` amounts to, or why there is none, in words.
 
     Args:
-        layer: an `nn.Conv2d` or `nn.Linear`, or of a class derived from one; it is called, but not changed.
+        layer: an `nn.Conv2d` or `nn.Linear`, or of a class derived from one. A copy of it is called, in eval mode.
     """
     assert isinstance(layer, (nn.Conv2d, nn.Linear))
+    if _is_own(layer) and not parametrize.is_parametrized(layer):
+        return Effective(layer)
+    # Spectral norm, for one, takes a step whenever its weight is read in training mode.
+    with same_random_numbers(layer):
+        effective = _watched(twin_of(layer, meta=False)[0])
+    if isinstance(effective, Effective):
+        effective.layer.train(layer.training)
+    return effective
+
+
+def _watched(layer: Any) -> Effective | str:
     if _is_own(layer):
-        return (
-            Effective(_plain(layer, layer.weight, layer.bias))
-            if parametrize.is_parametrized(layer)
-            else Effective(layer)
-        )
+        return Effective(_plain(layer, layer.weight, layer.bias))
     base = "nn.Conv2d" if isinstance(layer, nn.Conv2d) else "nn.Linear"
     unlike = f"its forward is not {base}'s own: {type(layer).__name__} "
     try:
@@ -91,7 +102,7 @@ def _is_own(layer: nn.Module) -> bool:
 
 
 def _plain(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor | None) -> Any:
-    """A plain layer of the same geometry and mode with copies of these tensors."""
+    """A plain layer of the same geometry with copies of these tensors."""
     plain: nn.Conv2d | nn.Linear
     if isinstance(layer, nn.Conv2d):
         plain = nn.Conv2d(
@@ -112,7 +123,7 @@ def _plain(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor | None) ->
     plain.weight = nn.Parameter(weight.detach().clone(), learns)
     if bias is not None:
         plain.bias = nn.Parameter(bias.detach().clone(), learns and bias.requires_grad)
-    return plain.train(layer.training)
+    return plain
 
 
 class _Calls(TorchFunctionMode):
@@ -138,7 +149,7 @@ _DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1
 @torch.no_grad()
 def _watch(layer: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Any]] | None:
     """The input, and the arguments of the only convolution or product; None if what is returned is not its result."""
-    with _Calls() as calls, torch.autocast(x.device.type, enabled=False):
+    with _Calls() as calls, without_autocast(x.device):
         result = type(layer).forward(layer, x)
     return (x, calls.seen[0][0]) if len(calls.seen) == 1 and calls.seen[0][1] is result else None
 

@@ -66,11 +66,16 @@ class Flow:
 
     @cached_property
     def batch(self) -> int:
-        """Size of the first axis of the model's first input of rank 2 or more; 1 where there is none."""
-        for node in self.nodes:
-            if node.op == "placeholder" and len(shape_of(node) or ()) in (2, 4, 5):
-                return (shape_of(node) or (1,))[0]
-        return 1
+        """Number of samples that the model was called with."""
+        given = {str(node.target): shape_of(node) or () for node in self.nodes if node.op == "placeholder"}
+        in_a_list = [shape for name, shape in given.items() if "." in name and len(shape) == 3]
+        if in_a_list:  # images, each of a size of its own
+            return len(in_a_list)
+        shapes = [shape for shape in given.values() if len(shape) > 1]
+        if not shapes:
+            return 1
+        # Rows may be the patches of all images; then another input has a row for each image.
+        return min(shape[0] for shape in shapes) if len(shapes[0]) == 2 else shapes[0][0]
 
     def is_layer(self, node: Node) -> bool:
         """True for a call of a convolution or linear layer."""

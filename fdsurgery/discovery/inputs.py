@@ -69,10 +69,10 @@ def _walk(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
         yield name, value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _walk(f"{name}_{key}", item)
+            yield from _walk(f"{name}.{key}", item)
     elif isinstance(value, (tuple, list)):
         for position, item in enumerate(value):
-            yield from _walk(f"{name}_{position}", item)
+            yield from _walk(f"{name}.{position}", item)
 
 
 def guesses(model: nn.Module) -> Iterator[Inputs]:

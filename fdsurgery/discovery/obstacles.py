@@ -54,8 +54,11 @@ def _of_the_layer(name: str, layer: nn.Module) -> str | None:
 
 
 def _of_its_weights(name: str, layer: nn.Module, owners: Mapping[int, list[str]]) -> str | None:
-    weight = layer.weight if parametrize.is_parametrized(layer, "weight") else layer._parameters.get("weight")
-    if not isinstance(weight, Tensor):
+    weight = layer._parameters.get("weight")
+    if parametrize.is_parametrized(layer, "weight"):
+        # What it is computed from. To read the weight itself is to compute it, which may draw numbers or keep count.
+        weight = next(layer.parametrizations["weight"].parameters())  # type: ignore[operator, union-attr, index]
+    if weight is None:
         return "its weight is no parameter but computed before each call, as by weight norm, spectral norm or pruning"
     if not weight.is_floating_point():
         return f"its weight is not floating point but {weight.dtype}; dequantise the model first"

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
-import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -24,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .inputs import Inputs
 from .ops import DROPOUT, LAYOUT, canonical_name
-from .twin import twin_of
+from .twin import same_random_numbers, twin_of
 
 LAYERS = (nn.Conv2d, nn.Linear)
 
@@ -54,7 +53,7 @@ def record(model: nn.Module, inputs: Inputs, *, meta: bool) -> fx.Graph:
     if meta:
         inputs = inputs.map(lambda tensor: tensor.to("meta"))
     recorder = _Recorder(twin, constants)
-    with torch.no_grad(), _same_random_numbers(model), _without_compiler():
+    with torch.no_grad(), same_random_numbers(model), _without_compiler():
         for path, tensor in inputs.tensors():
             recorder.place(path, tensor)
         with recorder:
@@ -238,24 +237,6 @@ def _tensors_in(value: Any, depth: int = 8) -> Iterator[Tensor]:
 
 def _has_tensor(value: Any) -> bool:
     return next(_tensors_in(value), None) is not None
-
-
-@contextlib.contextmanager
-def _same_random_numbers(model: nn.Module) -> Iterator[None]:
-    """Give the forward fixed random numbers, and the caller his generators back as they were."""
-    devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
-    numpy = sys.modules.get("numpy")
-    python_state = random.getstate()
-    numpy_state = numpy.random.get_state() if numpy is not None else None
-    with torch.random.fork_rng(devices=sorted(device.index or 0 for device in devices)):
-        # Not `torch.manual_seed`, which seeds every device there is.
-        torch.default_generator.manual_seed(0)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            if numpy is not None:
-                numpy.random.set_state(numpy_state)
 
 
 def _without_compiler() -> contextlib.AbstractContextManager[Any]:

@@ -7,7 +7,11 @@ accelerate's device hooks) does not come along, since it closes over state that 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import random
+import sys
+from collections.abc import Iterator
 from types import CellType, FunctionType
 from typing import Any
 
@@ -40,13 +44,33 @@ def twin_of(model: nn.Module, *, meta: bool) -> tuple[nn.Module, list[Tensor]]:
             memo = _memo(model, meta) | _uncopyable(model, meta)
             twin = copy.deepcopy(model, memo)
         for module in twin.modules():
-            if "forward" in vars(module):
+            if "_orig_mod" in module._modules:  # the wrapper that torch.compile makes calls compiled code
+                module.__dict__["forward"] = module.get_submodule("_orig_mod").__call__
+            elif "forward" in vars(module):
                 module.__dict__["forward"] = _rebound(module.__dict__["forward"], memo)
     for module in twin.modules():
         # Not `twin.eval()`: a class may do more than flip a flag there, such as merging weights that we share.
         module.__dict__["training"] = False
         _strip_hooks(module)
     return twin, copies.tensors
+
+
+@contextlib.contextmanager
+def same_random_numbers(model: nn.Module) -> Iterator[None]:
+    """Give a forward fixed random numbers, and the caller his generators back as they were."""
+    devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
+    numpy = sys.modules.get("numpy")
+    python_state = random.getstate()
+    numpy_state = numpy.random.get_state() if numpy is not None else None
+    with torch.random.fork_rng(devices=sorted(device.index or 0 for device in devices)):
+        # Not `torch.manual_seed`, which seeds every device there is.
+        torch.default_generator.manual_seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            if numpy is not None:
+                numpy.random.set_state(numpy_state)
 
 
 def _rebound(function: Any, memo: dict[int, Any]) -> Any:

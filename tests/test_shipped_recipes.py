@@ -1,0 +1,62 @@
+"""Every shipped recipe does to its models what its file says, and is the one that is picked for them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fdsurgery
+from fdsurgery.recipe import load_recipe, shipped_recipes
+from fdsurgery.recipe.rules import Figures
+from fdsurgery.sources import build
+
+BASES = {"ffn", "generic"}
+RECIPES = {name: load_recipe(name) for name in shipped_recipes()}
+CHECKS = [(name, figures) for name, recipe in RECIPES.items() for figures in recipe.figures]
+
+
+def planned(spec: str, recipe: str = "auto") -> fdsurgery.Plan:
+    """A plan for a model built on meta, or with memory where its forward needs values."""
+    try:
+        with torch.device("meta"):
+            return fdsurgery.plan(build(spec, pretrained=False)[0], recipe)
+    except (fdsurgery.DiscoveryError, NotImplementedError):  # some initialisations copy values
+        return fdsurgery.plan(build(spec, pretrained=False)[0], recipe)
+
+
+@pytest.mark.parametrize(("name", "figures"), CHECKS, ids=[f"{name} {figures.model}" for name, figures in CHECKS])
+def test_figures(name: str, figures: Figures) -> None:
+    plan = planned(figures.model)
+    assert plan.recipe == name
+    multiply_adds = sum(decision.site.multiply_adds for decision in plan.swaps)
+    assert Figures(figures.model, len(plan.swaps), plan.parameters_added, multiply_adds) == figures
+    reasons = {decision.reason for decision in plan.kept}
+    assert all(reasons)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_complete(name: str) -> None:
+    recipe = RECIPES[name]
+    assert recipe.description.endswith(".")
+    assert recipe.figures or name in BASES
+    assert recipe.match.timm or recipe.match.transformers or recipe.match.torchvision or name in BASES
+    assert all(len(rule.because.split()) >= 4 for rule in recipe.keep), "a reason, not a label"
+
+
+def test_families_are_covered() -> None:
+    assert len(RECIPES) >= 25 + len(BASES)
+
+
+def test_model_types_exist() -> None:
+    import torchvision
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    known = {*CONFIG_MAPPING_NAMES}
+    classes = {name for module in (torchvision.models, torchvision.models.detection, torchvision.models.segmentation)
+               for name in dir(module)}  # fmt: skip
+    claimed: dict[str, str] = {}
+    for name, recipe in RECIPES.items():
+        for model_type in recipe.match.transformers:
+            assert model_type in known, f"{name}: transformers has no model type {model_type!r}"
+            assert claimed.setdefault(model_type, name) == name
+        assert set(recipe.match.torchvision) <= classes, name
