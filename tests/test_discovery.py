@@ -155,6 +155,12 @@ BLOCKS: dict[str, tuple[nn.Module, dict[str, str]]] = {
         Layers(lambda m, x: x + m.c(m.b(x) * F.silu(m.a(x))), a=(8, 24), b=(8, 24), c=(24, 8)),
         {"a": "gate", "b": "expand", "c": "project"},
     ),
+    "gated, each clamped by itself": (
+        Layers(
+            lambda m, x: x + m.c(F.silu(m.a(x.clamp(-9, 9))) * m.b(x.clamp(-8, 8))), a=(8, 24), b=(8, 24), c=(24, 8)
+        ),
+        {"a": "gate", "b": "expand", "c": "project"},
+    ),
     "packed gate": (
         Layers(lambda m, x: x + m.b(F.glu(m.a(x))), a=(8, 48), b=(24, 8)),
         {"a": "expand", "b": "project"},
@@ -295,6 +301,37 @@ def test_layouts_of_linear_layers(shape: tuple[int, ...], layout: str) -> None:
     assert fdsurgery.sites(nn.Sequential(nn.Linear(8, 8)), torch.randn(shape))[0].layout == layout
 
 
+def test_a_feature_pyramid_has_no_shortcuts() -> None:
+    class Pyramid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 3)
+            self.deeper = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+            self.lateral, self.top, self.out = (nn.Conv2d(8, 8, 1) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            fine = self.stem(x)
+            coarse = self.top(self.deeper(fine))
+            return self.out(self.lateral(fine) + F.interpolate(coarse, fine.shape[2:])).relu()
+
+    assert by_name(Pyramid(), torch.randn(2, 3, 18, 18))["lateral"].role == "pointwise"
+
+
+def test_heads_may_be_averaged() -> None:
+    class Distilled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.mixer = nn.Linear(3, 8), nn.Linear(8, 8)
+            self.head, self.head_dist = nn.Linear(8, 5), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.mixer(self.stem(x).relu()).relu()
+            return (self.head(x[:, 0]) + self.head_dist(x[:, 1])) / 2
+
+    roles = {name: site.role for name, site in by_name(Distilled(), torch.randn(2, 4, 3)).items()}
+    assert roles == {"stem": "linear", "mixer": "linear", "head": "head", "head_dist": "head"}
+
+
 @pytest.mark.parametrize(
     "inputs",
     [torch.randn(4, 8), torch.randn(4, 5, 8), torch.randn(4, 5, 6, 8), {"input": torch.randn(4, 5, 8)}],
@@ -416,6 +453,11 @@ def test_what_stands_in_the_way_is_told() -> None:
         assert reason in sites[name].obstacle, (name, sites[name].obstacle)
 
 
+def test_a_model_that_is_one_layer_offers_nothing_to_swap() -> None:
+    (site,) = fdsurgery.sites(nn.Conv2d(3, 8, 3))
+    assert (site.name, site.calls) == ("", 1) and "whole model" in site.obstacle
+
+
 def test_a_glance_at_a_weight_is_no_obstacle() -> None:
     class Glances(nn.Module):
         def __init__(self) -> None:
@@ -426,7 +468,7 @@ def test_a_glance_at_a_weight_is_no_obstacle() -> None:
         def forward(self, x: Tensor) -> Tensor:
             x = self.stem(x.type_as(self.stem.weight).to(self.stem.weight.device))
             assert self.conv.weight.dim() == 4 and self.conv.weight.size(0) == 8
-            return self.conv(x.to(self.conv.weight.dtype)) + torch.zeros_like(self.conv.weight).sum()
+            return self.conv(x.to(self.conv.weight.data.dtype)) + torch.zeros_like(self.conv.weight).sum()
 
     assert [site.obstacle for site in fdsurgery.sites(Glances(), torch.randn(2, 3, 16, 16))] == [None, None]
 
@@ -571,6 +613,38 @@ def test_a_layer_that_writes_to_its_weight_writes_to_a_copy() -> None:
     before = model.table.weight.clone()
     record(model, Inputs((torch.randn(2, 3, 8, 8),)), meta=False)
     assert torch.equal(model.table.weight, before)
+
+
+def test_a_forward_that_clamps_its_scale_clamps_a_copy() -> None:
+    class Clamps(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            self.scale.data.clamp_(max=1)
+            return super().forward(x) * self.scale
+
+    model = Clamps(nn.Conv2d(3, 8, 3))
+    model.scale = nn.Parameter(torch.tensor(9.0))
+    record(model, Inputs((torch.randn(2, 3, 8, 8),)), meta=False)
+    assert model.scale == 9
+
+
+@pytest.mark.parametrize("branching", [False, True])
+def test_hooks_run_on_a_copy_where_the_forward_needs_them(branching: bool) -> None:
+    class Collects(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), nn.Conv2d(8, 5, 1)
+            self.features: dict[str, Tensor] = {}
+            self.body[0].register_forward_hook(lambda module, args, output: self.features.update(middle=output))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.body(-x if branching and x.sum() > 0 else x)
+            return self.head(self.features["middle"])
+
+    model = Collects()
+    seen = observe(model, torch.randn(2, 3, 8, 8))
+    assert seen.tracer == ("real" if branching else "meta") and seen.calls == {"body.0": 1, "head": 1}
+    assert [site.role for site in seen.sites] == ["stem", "head"]
+    assert model.features == {}
 
 
 def test_a_forward_that_writes_to_its_buffers_writes_to_copies() -> None:

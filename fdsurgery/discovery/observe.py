@@ -18,6 +18,7 @@ from .obstacles import find_obstacles
 from .record import LAYERS, record
 from .roles import find_roles
 from .site import Kind, Layout, Role, Site
+from .twin import has_hooks
 
 Tracer = Literal["meta", "real"]
 
@@ -89,14 +90,22 @@ def observe(model: nn.Module, example_inputs: Any = None) -> Observation:
         if is_lazy(weight):
             raise DiscoveryError(f"{name!r} has no shape yet (a lazy layer); call the model once on real inputs first")
     layers = _layers(model)
-    graph, inputs, tracer, note = _first_that_runs(model, example_inputs)
+    try:
+        graph, inputs, tracer, note = _first_that_runs(model, example_inputs)
+    except DiscoveryError:
+        if not has_hooks(model):
+            raise
+        # Some models collect their features by hooks, and do not run without them.
+        graph, inputs, tracer, note = _first_that_runs(model, example_inputs, hooks=True)
     flow = Flow(graph, layers)
     found = _sites(model, flow)
     calls = {name: len(flow.calls.get(name, ())) for name in layers}
     return Observation(graph, found, inputs, tracer, calls, note)
 
 
-def _first_that_runs(model: nn.Module, example_inputs: Any) -> tuple[fx.Graph, Inputs, Tracer, str]:
+def _first_that_runs(
+    model: nn.Module, example_inputs: Any, hooks: bool = False
+) -> tuple[fx.Graph, Inputs, Tracer, str]:
     """The graph of the first forward that runs, its inputs, how it ran, and why not on meta tensors if it did not."""
     if isinstance(model, torch.jit.ScriptModule):
         return fx.Graph(), Inputs(), "meta", "TorchScript cannot be watched"
@@ -106,7 +115,7 @@ def _first_that_runs(model: nn.Module, example_inputs: Any) -> tuple[fx.Graph, I
 
     def attempt(inputs: Inputs, tracer: Tracer) -> fx.Graph | None:
         try:
-            return record(model, inputs, meta=tracer == "meta")
+            return record(model, inputs, meta=tracer == "meta", hooks=hooks)
         except Exception as error:
             failures.append(_Failure(inputs, tracer, _one_line(error)))
             return None

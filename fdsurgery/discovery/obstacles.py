@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from .effective import effective_layer
 from .flow import Flow, Node, layer_input, shape_of
+from .ops import LAYOUT
 
 _TAKE_AFTER = {"to", "type_as", "view_as", "reshape_as", "expand_as"}
 
@@ -90,7 +91,7 @@ def _readers(flow: Flow) -> dict[str, str]:
 def _reads_values(flow: Flow, user: Node, weight: Node) -> bool:
     """False where only dtype, device or shape of the weight matter, which a new layer's weight has too."""
     op = flow.op[user]
-    if op.endswith("_like") or op.startswith("new_"):
+    if op.endswith("_like") or op.startswith("new_") or (op in LAYOUT and not user.users):
         return False
     return op not in _TAKE_AFTER or user.all_input_nodes[0] is weight
 

@@ -31,7 +31,7 @@ LAYERS = (nn.Conv2d, nn.Linear)
 _VALUE_ATTRIBUTES = {"data", "T", "mT", "H", "mH", "real", "imag"}
 
 
-def record(model: nn.Module, inputs: Inputs, *, meta: bool) -> fx.Graph:
+def record(model: nn.Module, inputs: Inputs, *, meta: bool, hooks: bool = False) -> fx.Graph:
     """Run one forward in eval mode on a copy of the model and write down what it did.
 
     The model, its mode, hooks and weights, and the state of all random generators stay as they are.
@@ -40,6 +40,7 @@ def record(model: nn.Module, inputs: Inputs, *, meta: bool) -> fx.Graph:
         model: any module.
         inputs: what to call it with.
         meta: run on the meta device, without memory or computation; otherwise on real tensors, sharing the weights.
+        hooks: run copies of the forward hooks that users hung onto the model; otherwise it runs without them.
 
     Returns:
         The graph: `placeholder` nodes for the tensors of `inputs`, `call_module` nodes for convolutions and linear
@@ -49,7 +50,7 @@ def record(model: nn.Module, inputs: Inputs, *, meta: bool) -> fx.Graph:
     Raises:
         Exception: whatever the model's forward raises.
     """
-    twin, constants = twin_of(model, meta=meta)
+    twin, constants = twin_of(model, meta=meta, hooks=hooks)
     if meta:
         inputs = inputs.map(lambda tensor: tensor.to("meta"))
     recorder = _Recorder(twin, constants)

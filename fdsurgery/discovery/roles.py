@@ -126,7 +126,7 @@ def _layers_since(flow: Flow, side: Node, forks: set[Node], without: Node) -> in
     first = min(flow.index[fork] for fork in forks)
 
     def passes(node: Node) -> bool:
-        return flow.index[node] > first and node not in forks and flow.op[node] not in UPSAMPLE
+        return flow.index[node] > first and node not in forks
 
     steps = list(flow.backward(side, passes))
     if without in steps or any(flow.op[step] in UPSAMPLE for step in steps) or forks.isdisjoint(steps):

@@ -2,7 +2,7 @@
 
 The copy has the structure and the Python attributes of the model, but no memory of its own for weights: they lie on the
 meta device (shapes and no values), or are the model's own, shared. What users hung onto the model (forward hooks,
-accelerate's device hooks) does not come along, since it closes over state that is not ours to touch.
+accelerate's device hooks) does not come along unasked, since it closes over state that is not ours to touch.
 """
 
 from __future__ import annotations
@@ -20,13 +20,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
-def twin_of(model: nn.Module, *, meta: bool) -> tuple[nn.Module, list[Tensor]]:
+_SMALL = 2**16
+"""Parameters of up to so many values are copied: the temperatures and scales that some forwards clamp in place."""
+
+
+def twin_of(model: nn.Module, *, meta: bool, hooks: bool = False) -> tuple[nn.Module, list[Tensor]]:
     """Copy a model for one forward in eval mode.
 
     Args:
         model: any module; it is only read.
-        meta: put every tensor of the copy on the meta device; otherwise parameters are shared, save those that their
-            layer writes to as it runs, and all else is cloned.
+        meta: put every tensor of the copy on the meta device; otherwise large parameters are shared, save those that
+            their layer writes to as it runs, and all else is cloned.
+        hooks: copy forward hooks too, for a model that does not run without them. They run on copies of what they close
+            over, but what is global is not copied.
 
     Returns:
         The copy, with the module names of the model, and the tensors in it that are neither parameter nor buffer
@@ -36,18 +42,20 @@ def twin_of(model: nn.Module, *, meta: bool) -> tuple[nn.Module, list[Tensor]]:
         Exception: whatever `copy.deepcopy` says when the model cannot be copied at all.
     """
     with torch.no_grad(), _CopyTensors(meta) as copies:
-        memo = _memo(model, meta)
+        memo = _memo(model, meta, hooks)
         try:
             twin = copy.deepcopy(model, memo)
         except Exception:
             # An attribute somewhere (a file, a lock, a user's trainer) has no copy; it is shared instead.
-            memo = _memo(model, meta) | _uncopyable(model, meta)
+            memo = _memo(model, meta, hooks) | _uncopyable(model, meta)
             twin = copy.deepcopy(model, memo)
         for module in twin.modules():
             if "_orig_mod" in module._modules:  # the wrapper that torch.compile makes calls compiled code
                 module.__dict__["forward"] = module.get_submodule("_orig_mod").__call__
             elif "forward" in vars(module):
                 module.__dict__["forward"] = _rebound(module.__dict__["forward"], memo)
+            for hung in _hook_dicts(module):
+                hung.update({key: _rebound(hook, memo) for key, hook in hung.items()})
     for module in twin.modules():
         # Not `twin.eval()`: a class may do more than flip a flag there, such as merging weights that we share.
         module.__dict__["training"] = False
@@ -124,14 +132,14 @@ def _on_meta(tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
-def _memo(model: nn.Module, meta: bool) -> dict[int, Any]:
+def _memo(model: nn.Module, meta: bool, hooks: bool = False) -> dict[int, Any]:
     """What `copy.deepcopy` shall take for the objects it meets, by their ids."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         # `max_norm` makes an embedding shrink its weight in place, in eval mode too.
-        written_to = getattr(module, "max_norm", None) is not None
+        writes = getattr(module, "max_norm", None) is not None
         for parameter in module._parameters.values():
-            if parameter is not None and (meta or written_to):
+            if parameter is not None and (meta or writes or parameter.numel() <= _SMALL):
                 values = _on_meta(parameter.detach()) if meta else parameter.detach().clone()
                 memo[id(parameter)] = nn.Parameter(values, parameter.requires_grad)
             elif parameter is not None:
@@ -139,8 +147,8 @@ def _memo(model: nn.Module, meta: bool) -> dict[int, Any]:
         for buffer in module._buffers.values():
             if buffer is not None:
                 memo[id(buffer)] = _on_meta(buffer) if meta else buffer.detach().clone()
-        for hooks in _hook_dicts(module):
-            memo.update((id(hook), None) for hook in hooks.values() if not _torch_owns(hook))
+        for hung in _hook_dicts(module):
+            memo.update((id(hook), None) for hook in hung.values() if not (hooks or _torch_owns(hook)))
         if "_hf_hook" in vars(module):
             memo[id(module._hf_hook)] = None
     return memo
@@ -162,6 +170,13 @@ def _uncopyable(model: nn.Module, meta: bool) -> dict[int, Any]:
 
 def _hook_dicts(module: nn.Module) -> list[dict[int, Any]]:
     return [value for key, value in vars(module).items() if key.endswith("_hooks") and isinstance(value, dict)]
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """True if anything but torch itself has hung hooks onto the model."""
+    return any(
+        not _torch_owns(hook) for module in model.modules() for hung in _hook_dicts(module) for hook in hung.values()
+    )
 
 
 def _torch_owns(hook: Any) -> bool:

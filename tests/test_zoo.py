@@ -1,0 +1,54 @@
+"""A sample of `python -m benchmarks.zoo`, so that the sweep itself goes on working."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from benchmarks.zoo import TIMM, Raw, measure, run, table
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """`measure` sets what suits a process of its own."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "spec", ["timm:test_vit", "timm:test_efficientnet", "transformers:SegformerForSemanticSegmentation"]
+)
+def test_a_model_is_measured(spec: str) -> None:
+    row = measure(spec)
+    assert row["status"] == "converted" and row["tracer"] == "meta" and row["swaps"] > 0
+    assert row["error"] < 1e-5 and row["gradients"] == "finite" and row["compile"] == "yes"
+    assert row.get("features_only", "agrees") in ("agrees", "timm has none")
+    assert f"| {spec} | {row['recipe']} | {row['swaps']} |" in table([row])
+
+
+def test_what_fails_is_a_row_too() -> None:
+    row = run("timm:no_such_model", seconds=60)
+    assert row["status"] == "failed" and "no_such_model" in row["reason"]
+    assert run("timm:resnet18", seconds=0.01)["status"] == "out of time"
+    assert "failed" in table([row])
+
+
+def test_a_detector_is_compared_where_its_head_writes() -> None:
+    import torchvision
+
+    model = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None)
+    scores, boxes = Raw(model.eval())([torch.rand(3, 64, 64)])[0]
+    assert len(scores) == len(boxes) > 0
+
+
+def test_every_timm_module_has_its_model() -> None:
+    import json
+
+    import timm
+
+    known = json.loads(TIMM.read_text(encoding="utf-8"))
+    assert set(known.values()) <= set(timm.list_models())
+    assert len(known) >= 90
