@@ -230,6 +230,18 @@ def test_accelerate_hooks_carry_over(block: tuple[Block, torch.Tensor]) -> None:
     assert fdsurgery.verify(before, model, x).ok
 
 
+def test_a_model_on_meta_converts_and_takes_its_weights_later() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("resnet18")
+    fdsurgery.convert(model)
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    real = timm.create_model("resnet18")
+    x = torch.randn(2, 3, 64, 64)
+    before = copy.deepcopy(fdsurgery.settle_(real, x))
+    model.load_state_dict(fdsurgery.convert(real).state_dict(), assign=True)
+    assert fdsurgery.verify(before, model, x).ok
+
+
 # All or nothing
 
 
