@@ -677,8 +677,10 @@ def test_the_forward_runs_in_eval_mode() -> None:
         lambda blank, values: blank.copy_(values),
         lambda blank, values: blank[:, :4].copy_(values[:, :4]),
         lambda blank, values: torch.mul(values, 2, out=blank),
+        lambda blank, values: torch.mul(values[:, :4], 2, out=blank[:, :4]),
+        lambda blank, values: torch.max(values, 0, out=(blank[0], torch.empty(0, dtype=torch.long))),
     ],
-    ids=["setitem", "in place", "through a view", "out="],
+    ids=["setitem", "in place", "through a view", "out=", "out=, a view", "out=, a tuple"],
 )
 def test_data_flows_through_what_is_written_in_place(write: Callable[[Tensor, Tensor], Any]) -> None:
     class Writes(nn.Module):

@@ -143,9 +143,6 @@ class _Recorder(TorchFunctionMode):
             is_method = getattr(torch.Tensor, name, None) is func
             op, target = ("call_method", name) if is_method else ("call_function", func)
             self._emit(op, target, reads[0], reads[1], value)
-            out = kwargs.get("out")
-            if isinstance(out, Tensor) and value is not out:
-                self._rewrite(out, self._node_of(value))
         return value
 
     def place(self, path: str, tensor: Tensor) -> None:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-
 _SMALL = 2**16
 """Parameters of up to so many values are copied: the temperatures and scales that some forwards clamp in place."""
 
