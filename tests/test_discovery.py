@@ -294,6 +294,12 @@ def test_what_a_site_tells() -> None:
     assert (second.role, second.groups, second.aliases) == ("depthwise", 8, ("again",))
 
 
+def test_a_layer_inside_a_layer_is_a_part_of_it() -> None:
+    outer = nn.Conv2d(3, 8, 3)
+    outer.inner = nn.Conv2d(3, 8, 3)
+    assert [site.name for site in fdsurgery.sites(nn.Sequential(outer))] == ["0"]
+
+
 @pytest.mark.parametrize(
     ("shape", "layout"), [((4, 8), "rows"), ((4, 5, 8), "tokens"), ((4, 5, 6, 8), "NHWC")]
 )  # fmt: skip
@@ -578,6 +584,19 @@ def test_compiled_models_run_as_they_were_written(whole: bool) -> None:
     assert block[1].num_batches_tracked == 0
 
 
+def test_compiled_functions_run_as_they_were_written() -> None:
+    compilations: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compilations.append(graph)
+        return graph.forward
+
+    doubled = torch.compile(lambda x: F.relu(x) * 2, backend=backend)
+    block = Layers(lambda m, x: x + m.b(doubled(m.a(x))), a=(8, 32), b=(32, 8))
+    assert by_name(Tokens(block), torch.randn(2, 3, 16, 16))["block.a"].role == "expand"
+    assert compilations == []
+
+
 class Remembers(nn.Conv2d):
     """Counts its calls, draws, and keeps what it saw."""
 
@@ -760,6 +779,17 @@ def test_a_real_forward_gets_the_input_that_only_meta_tensors_could_not_serve() 
     seen = observe(Picky(nn.Conv2d(3, 8, 3)))
     assert seen.tracer == "real" and [tuple(x.shape) for _, x in seen.inputs.tensors()] == [(2, 3, 64, 64)]
     assert "meta" in seen.note
+
+
+def test_a_forward_that_only_runs_for_real_gets_a_try() -> None:
+    class KnowsItsDevice(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.device.type != "cpu":
+                raise ValueError("not this device")
+            return super().forward(x)
+
+    seen = observe(KnowsItsDevice(nn.Conv2d(3, 8, 3)))
+    assert seen.tracer == "real" and "not this device" in seen.note
 
 
 def test_a_model_on_meta_that_needs_values_says_so() -> None:
