@@ -7,6 +7,7 @@ sines on either axis: real matrix products, at any size. Source: FDConv (arXiv 2
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from .config import FDConfig
 from .modulation import ZeroInit, gate
-from .precision import fft_dtype, without_autocast
+from .precision import exact_dtype, fft_dtype, without_autocast
 
 
 def fourier_basis(size: int, highest: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -32,16 +33,12 @@ def fourier_basis(size: int, highest: int, device: torch.device, dtype: torch.dt
     frequency = torch.arange(1, highest + 1, device=device)
     # The phase is reduced in integers: at large sizes a product of floats would lose digits.
     phase = torch.arange(size, device=device)[:, None] * frequency % size
-    angle = phase.to(_work_dtype(device)) * (2 * torch.pi / size)
+    angle = phase.to(exact_dtype(device)) * (2 * torch.pi / size)
     # The highest frequency of an even size has no sine, and its cosine is twice as long.
     length = torch.where(2 * frequency == size, 1.0, 2.0).to(angle.dtype).sqrt()
     waves = torch.stack([angle.cos(), angle.sin()], dim=-1) * length[:, None]
     basis = F.pad(waves.flatten(1), (1, 0), value=1.0) * size**-0.5
     return basis.to(dtype)
-
-
-def _work_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 @lru_cache(maxsize=64)
@@ -58,9 +55,16 @@ def _basis(size: int, highest: int, device: torch.device, dtype: torch.dtype) ->
 
 
 def low_passes(x: Tensor, bands: tuple[int, ...]) -> list[Tensor]:
-    """Low-pass a feature map `(B, C, H, W)`: for each `k` keep the frequencies with `max(|f_h|, |f_w|) <= 1/(2k)`.
+    """Low-pass a feature map: for each `k` keep the frequencies with `max(|f_h|, |f_w|) <= 1/(2k)`.
 
     One analysis serves all bands, for their bases are nested.
+
+    Args:
+        x: `(B, C, H, W)`, float32 or float64.
+        bands: the `k`, ascending.
+
+    Returns:
+        A map of the shape and dtype of `x` for each band.
     """
     height, width = x.shape[-2:]
     rows = _basis(height, height // (2 * bands[0]), x.device, x.dtype)
@@ -77,11 +81,13 @@ def low_passes(x: Tensor, bands: tuple[int, ...]) -> list[Tensor]:
 def interpolated_low_passes(x: Tensor, bands: tuple[int, ...]) -> list[Tensor]:
     """The low-passes that official checkpoints were trained with: masks of a 64x64 map, stretched to this one.
 
-    The stretch is by nearest neighbour in FFT order, so a mask may keep a frequency and drop its negative.
+    The stretch is by nearest neighbour in FFT order, so a mask may keep a frequency and drop its negative. It takes and
+    returns what `low_passes` does.
     """
     height, width = x.shape[-2:]
-    row_frequency = torch.fft.fftfreq(64, device=x.device).abs()
-    column_frequency = torch.fft.rfftfreq(64, device=x.device)
+    # In float32 whatever the default: there 0.25 + 1e-8 rounds to 0.25, and band 2 loses the frequency 1/4 itself.
+    row_frequency = torch.fft.fftfreq(64, device=x.device, dtype=torch.float32).abs()
+    column_frequency = torch.fft.rfftfreq(64, device=x.device, dtype=torch.float32)
     frequency = torch.maximum(row_frequency[:, None], column_frequency)
     masks = torch.stack([(frequency < 0.5 / k + 1e-8).to(x.dtype) for k in bands])
     masks = F.interpolate(masks.unsqueeze(0), size=(height, width // 2 + 1), mode="nearest")[0]
@@ -112,19 +118,17 @@ class BandModulation(nn.Module):
         self.freq_weight_conv_list = nn.ModuleList(ZeroInit(*shape, device=device, dtype=dtype) for _ in range(maps))
 
     def maps(self, x: Tensor) -> Tensor:
-        """The maps `A`, `(B, groups, 1, H, W, maps)`; neutral 1."""
+        """The maps `A` of `(B, C, H, W)`: `(B, groups, 1, H, W, maps)`, in the dtype of `x`; neutral 1."""
         groups = self.config.band_groups
-        weight = torch.stack([conv.get_parameter("weight") for conv in self.freq_weight_conv_list], dim=1).flatten(0, 1)
-        bias = torch.stack([conv.get_parameter("bias") for conv in self.freq_weight_conv_list], dim=1).flatten()
-        logits = F.conv2d(x, weight, bias, padding=1, groups=groups)
-        logits = logits.unflatten(1, (groups, 1, len(self.freq_weight_conv_list)))
+        convs: Any = self.freq_weight_conv_list
+        weight = torch.stack([conv.weight for conv in convs], dim=1).flatten(0, 1)
+        bias = torch.stack([conv.bias for conv in convs], dim=1).flatten()
+        logits = F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), padding=1, groups=groups)
+        logits = logits.unflatten(1, (groups, 1, len(convs)))
         return gate(logits.movedim(3, -1), self.config.band_activation)
 
     def forward(self, x: Tensor) -> Tensor:
         config = self.config
-        maps = self.maps(x).to(fft_dtype(x.dtype)).unbind(-1)
-        if not config.band_lowfreq:
-            maps = (*maps, torch.ones_like(maps[0]))
         split = low_passes if config.band_mask == "exact" else interpolated_low_passes
 
         def in_groups(t: Tensor) -> Tensor:
@@ -132,6 +136,9 @@ class BandModulation(nn.Module):
 
         with without_autocast(x.device):
             wide = x.to(fft_dtype(x.dtype))
+            maps = self.maps(wide).unbind(-1)  # wide as well: logits beyond float16's range make a softmax NaN
+            if not config.band_lowfreq:
+                maps = (*maps, torch.ones_like(maps[0]))
             y = maps[0] * in_groups(wide)
             for above, below, passed in zip(maps[:-1], maps[1:], split(wide, config.bands), strict=True):
                 y = y + (below - above) * in_groups(passed)

@@ -80,6 +80,7 @@ def conv2d_per_sample(
     """
     batch = x.shape[0]  # not len(x), which torch.export takes for a constant
     if batch == 0 or weight.shape[0] == 1:
+        # The sum is the one weight, or for no sample a zero weight through which gradients flow.
         return F.conv2d(x, weight.sum(0), bias, stride, padding, dilation, groups)
     out_channels, _, k_h, k_w = weight.shape[1:]
     if (k_h, k_w) == (1, 1) and padding in ((0, 0), "valid", "same"):
@@ -108,6 +109,7 @@ def linear_per_sample(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if weight.shape[0] == 1:
         return F.linear(x, weight[0], bias)
+    # All positions on one axis, of length 1 for `(B, C_in)`; a reshape with -1 fails on an empty batch.
     y = x.unsqueeze(1).flatten(1, -2) @ weight.transpose(1, 2)
     y = y.reshape(*x.shape[:-1], weight.shape[1])
     return y if bias is None else y + bias.to(y.dtype)

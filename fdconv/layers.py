@@ -18,7 +18,7 @@ from .config import FDConfig
 from .functional import conv2d_per_sample, dynamic_weight, linear_per_sample
 from .lazy import LazyTensor
 from .modulation import GlobalModulation, LocalModulation
-from .precision import fft_dtype, without_autocast
+from .precision import exact_dtype, fft_dtype, without_autocast
 from .spectrum import (
     frequency_groups,
     group_dtype,
@@ -96,8 +96,8 @@ class FrequencyDynamic(nn.Module):
         if weight.shape != self._static_shape():
             raise ValueError(f"weight must have the shape {self._static_shape()}, not {tuple(weight.shape)}")
         # The transform runs once, so it can afford the precision that leaves the stored spectrum correctly rounded.
-        exact = torch.float32 if weight.device.type == "mps" else torch.float64
-        image = weight_to_image(weight.detach().reshape(self._kernel_shape()).to(exact))
+        exact = weight.detach().to(exact_dtype(weight.device))
+        image = weight_to_image(exact.reshape(self._kernel_shape()))
         self.dft_weight.copy_(image_to_spectra(image, self.config.param_ratio) / self._neutral_scale())
 
     @torch.no_grad()
@@ -253,24 +253,24 @@ class FDConv2d(FrequencyDynamic, nn.Conv2d):  # type: ignore[misc, override]  # 
         return conv
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 3:
-            return self.forward(x.unsqueeze(0)).squeeze(0)
-        weight = self._weights_of(self._context(x))
+        if x.dim() == 3:  # not self.forward: a subclass that prepares its input has done so by now
+            return FDConv2d.forward(self, x.unsqueeze(0)).squeeze(0)
+        # In the layer's dtype, so that an input of another one is refused as nn.Conv2d refuses it.
+        weight = self._weights_of(self._context(x)).to(self.dft_weight.dtype)
         if self.FBM is not None:
             x = self.FBM(x)
         padding: tuple[int, ...] | str = self.padding
         if self.padding_mode != "zeros":
             x = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0, 0)
-        weight = weight.to(x.dtype)
         return conv2d_per_sample(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
 class FDLinear(FrequencyDynamic, nn.Linear):  # type: ignore[misc, override]
     """Frequency dynamic linear layer in place of `nn.Linear`: `(B, ..., C_in)` to `(B, ..., C_out)`, any float dtype.
 
-    The first axis is the sample, the axes between are positions and share the sample's weight. There is no local branch
-    and no band modulation, as in the authors' linear layer.
+    The first axis is the sample, the axes between are positions and share the sample's weight; `(C_in,)` is one sample.
+    There is no local branch and no band modulation, as in the authors' linear layer.
 
     Args:
         in_features: as the other positional arguments, what `nn.Linear` takes.
@@ -340,8 +340,8 @@ class FDLinear(FrequencyDynamic, nn.Linear):  # type: ignore[misc, override]
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 1:
-            return self.forward(x.unsqueeze(0)).squeeze(0)
-        weight = self._weights_of(self._context(x))[..., 0, 0].to(x.dtype)
+            return FDLinear.forward(self, x.unsqueeze(0)).squeeze(0)
+        weight = self._weights_of(self._context(x))[..., 0, 0].to(self.dft_weight.dtype)
         return linear_per_sample(x, weight, self.bias)
 
 

@@ -21,6 +21,7 @@ _METADATA: set[Any] = {
     Tensor.is_sparse.__get__,  # type: ignore[attr-defined]
     Tensor.is_quantized.__get__,  # type: ignore[attr-defined]
     Tensor.itemsize.__get__,  # type: ignore[attr-defined]
+    Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
     Tensor.size,
     Tensor.dim,
     Tensor.numel,
@@ -51,7 +52,7 @@ class LazyTensor(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _METADATA or func is Tensor.requires_grad.__get__:  # type: ignore[attr-defined]
+        if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs)
         args, kwargs = tree_map_only(LazyTensor, lambda lazy: lazy._compute(), (args, kwargs or {}))
         return func(*args, **kwargs)

@@ -95,26 +95,29 @@ class StarReLU(nn.Module):
 class ContextBatchNorm(nn.BatchNorm1d):
     """BatchNorm of `(B, A)`, in the input's precision, that trains on a single sample too.
 
-    One sample has no variance, so the running statistics serve.
+    One sample has no variance, so the running statistics serve, and stay as they are.
     """
 
     running_mean: Tensor
     running_var: Tensor
+    num_batches_tracked: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        update = self.training and x.shape[0] > 1
         mean, var = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        y = F.batch_norm(x, mean, var, weight, bias, update, 0.1, self.eps)
-        if update and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if mean.dtype != self.running_mean.dtype:
-                self.running_mean.copy_(mean)
-                self.running_var.copy_(var)
+        if not (self.training and x.shape[0] > 1):
+            return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
+        self.num_batches_tracked.add_(1)
+        # As nn.BatchNorm1d has it, None stands for the mean over all batches (torch.optim.swa_utils.update_bn sets it).
+        momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        y = F.batch_norm(x, mean, var, weight, bias, True, momentum, self.eps)
+        if self.running_mean.dtype != x.dtype:  # then a copy was updated
+            self.running_mean.copy_(mean)
+            self.running_var.copy_(var)
         return y
 
 
-def _apply(layer: Squeeze | ZeroInit, x: Tensor) -> Tensor:
+def _linear(layer: Squeeze | ZeroInit, x: Tensor) -> Tensor:
     """`F.linear` with a layer's weight, in the input's precision."""
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     return F.linear(x, layer.weight.flatten(1).to(x.dtype), bias)
@@ -165,7 +168,7 @@ class GlobalModulation(nn.Module):
 
     def forward(self, context: Tensor) -> Attention:
         config = self.config
-        hidden = _apply(self.fc, context)
+        hidden = _linear(self.fc, context)
         if self.bn is not None:
             hidden = self.bn(hidden)
         if self.norm is not None:
@@ -173,11 +176,11 @@ class GlobalModulation(nn.Module):
         hidden = self.relu(hidden)
 
         def factor(head: ZeroInit | None) -> Tensor | None:
-            return None if head is None else gate(_apply(head, hidden), config.global_activation, config.temperature)
+            return None if head is None else gate(_linear(head, hidden), config.global_activation, config.temperature)
 
         kernel = None
         if self.kernel_fc is not None:
-            kernel = gate(_apply(self.kernel_fc, hidden), config.kernel_activation, config.kernel_temperature)
+            kernel = gate(_linear(self.kernel_fc, hidden), config.kernel_activation, config.kernel_temperature)
         return Attention(factor(self.channel_fc), factor(self.filter_fc), factor(self.spatial_fc), kernel)
 
 

@@ -11,7 +11,8 @@ from .config import FDConfig
 from .layers import FDConv2d, FDLinear
 from .spectrum import group_dtype, groups_from_order
 
-_CONV_GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "bias", "padding_mode")
+# Without padding_mode: the official layer takes it and pads with zeros all the same.
+_CONV_GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "bias")
 _LINEAR_GEOMETRY = ("in_features", "out_features", "bias")
 
 
@@ -21,7 +22,7 @@ def load_layer(
     """Build a layer that computes what an official layer computes.
 
     Args:
-        state: the layer's state dict under the official names, without prefix.
+        state: the layer's state dict under the official names, without prefix; any float dtype.
         config: the arguments the official layer was built with, and `kind`: `"FDConv"` or `"FDLinear"`.
         group_index: `(2, n, N/n)`, rows and columns of the coefficients of each frequency group as the run that trained
             the layer ordered them. The official layer does not save its order, and computes it by an unstable sort;

@@ -13,6 +13,11 @@ def fft_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """The most precise dtype of a device, for what is computed once: float64, which MPS does not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """A region in which autocast, if on, does not lower the precision."""
     if torch.amp.autocast_mode.is_autocast_available(device.type):

@@ -78,8 +78,9 @@ def image_to_spectra(image: Tensor, ratio: int) -> Tensor:
         return spectrum.unsqueeze(0)
     d1, d2_half, _ = spectrum.shape
     golden_ratio = 0.6180339887498949  # multiples of it spread evenly over the circle
-    index = torch.arange(d1 * d2_half, dtype=torch.float64).view(d1, d2_half)
-    turns = torch.arange(ratio, dtype=torch.float64).view(ratio, 1, 1) / ratio
+    # On the CPU, where float64 always exists: float32 has no digits left for the fraction of a large multiple.
+    index = torch.arange(d1 * d2_half, dtype=torch.float64, device="cpu").view(d1, d2_half)
+    turns = torch.arange(ratio, dtype=torch.float64, device="cpu").view(ratio, 1, 1) / ratio
     share = (1 + torch.cos(2 * torch.pi * (turns + golden_ratio * index))) / ratio
     return spectrum * share.to(spectrum.device, spectrum.dtype).unsqueeze(-1)
 

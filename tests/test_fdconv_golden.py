@@ -101,6 +101,30 @@ def test_the_reference_gives_the_public_numbers(path: Path) -> None:
     assert_close(y, tensors["output"], "golden")
 
 
+def test_the_padding_mode_is_ignored_as_the_public_code_ignores_it() -> None:
+    tensors, state, config = read(next(path for path in FILES if path.stem == "conv3x3_64_64"))
+    check(load_layer(state, {**config, "padding_mode": "reflect"}, tensors["group_index"]), tensors)
+
+
+def test_what_cannot_be_loaded_is_refused() -> None:
+    tensors, state, config = read(next(path for path in FILES if path.stem == "conv3x3_32_32_lowfreq_tanh"))
+    index = tensors["group_index"]
+
+    def refused(message: str, state: dict[str, Tensor] = state, index: Tensor = index, **changed: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            load_layer(state, {**config, **changed}, index)
+
+    refused("kind", kind="Conv2d")
+    refused("no 'dft_weight'", state={})
+    refused("does not fit", state={name: tensor for name, tensor in state.items() if name != "KSM_Local.norm.bias"})
+    refused("does not fit", out_channels=48, index=None)  # type: ignore[arg-type]
+    refused(r"shape \(2, 16, ", index=index[:, 1:])
+    refused("every coefficient", index=torch.zeros_like(index))
+    for name, value in {"param_reduction": 0.5, "att_multi": 1.5, "groups": 2, "linear_mode": True}.items():
+        refused(f"{name}.*no counterpart", **{name: value})
+    refused("fbm_cfg.spatial_kernel.*5", fbm_cfg={**config["fbm_cfg"], "spatial_kernel": 5})
+
+
 @pytest.mark.parametrize("wrong", [torch.zeros_like, lambda y: 1.001 * y, lambda y: y * float("nan")])
 def test_the_check_itself_can_fail(wrong: Any) -> None:
     tensors, _, _ = read(FILES[0])

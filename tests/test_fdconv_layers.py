@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import math
 import pickle
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fdconv import FDConfig, FDConv2d, FDLinear
+from fdconv.bands import interpolated_low_passes
 from fdconv.spectrum import frequency_groups
 
 SMALL = FDConfig(kernel_num=5, min_attention_channels=3, bands=(2, 4))
@@ -47,6 +50,49 @@ def reference(layer: Layer, x: Tensor, config: FDConfig = SMALL) -> Any:
 
 
 both = pytest.mark.parametrize("kind", ["conv", "linear"])
+
+
+# Settings ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("kernel_num", value) for value in (0, -1, 1.0, True, "64", 40000)),
+        *(("param_ratio", value) for value in (0, 1.5)),
+        ("min_attention_channels", 0),
+        ("band_groups", 0),
+        *(("reduction", value) for value in (0, -1.0, math.inf, math.nan, True)),
+        ("temperature", 0.0),
+        ("kernel_temperature", "1"),
+        ("ksm_global", 1),
+        ("ksm_local", None),
+        ("band_lowfreq", "yes"),
+        *(("bands", value) for value in ((), (4, 2), (2, 2), (0, 2), 2, "24")),
+        *(("fbm_kernel_sizes", value) for value in (3, (3.0,))),
+        ("norm", "layer"),
+        ("global_activation", "softmax"),
+        ("local_activation", "softmax"),
+        ("kernel_activation", "relu"),
+        ("band_activation", None),
+        ("band_mask", "exactly"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^FDConfig\.{field} must be .+, not {re.escape(repr(value))}$"):
+        FDConfig(**{field: value})
+
+
+def test_settings_survive_json() -> None:
+    config = FDConfig(kernel_num=7, reduction=0.25, fbm_kernel_sizes=(3, 5), bands=(2,), norm="rms", band_lowfreq=True)
+    assert FDConfig(**json.loads(json.dumps(config.to_dict()))) == config
+    assert hash(FDConfig(bands=[2, 4])) == hash(FDConfig(bands=(2, 4)))  # type: ignore[arg-type]
+
+
+def test_groups_of_maps_must_divide_the_channels() -> None:
+    with pytest.raises(ValueError, match="band_groups=4 does not divide the 6 input channels"):
+        FDConv2d(6, 4, 3, config=FDConfig(band_groups=4))
+    FDConv2d(6, 4, 1, config=FDConfig(band_groups=4))  # has no bands
 
 
 # State: names, shapes, round trips ---------------------------------------------------------------------------------
@@ -224,6 +270,28 @@ def test_frequency_groups_depend_on_nothing_else() -> None:
     assert torch.equal(FDLinear(31, 37).frequency_group.long(), frequency_groups(37, 31, 64).long())
 
 
+def test_conversion_does_not_depend_on_the_surroundings() -> None:
+    static = nn.Conv2d(6, 4, 3)
+    config = FDConfig(kernel_num=5, param_ratio=2)
+    expected = FDConv2d.from_conv(static, config).dft_weight
+    with torch.device("meta"):
+        assert torch.equal(FDConv2d.from_conv(static, config).dft_weight, expected)
+    with torch.inference_mode():
+        assert torch.equal(FDConv2d.from_conv(static, config).dft_weight, expected)
+
+
+def test_interpolated_masks_do_not_depend_on_the_default_dtype() -> None:
+    x = torch.randn(1, 1, 64, 64)
+    expected = interpolated_low_passes(x, (2, 4))
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        found = interpolated_low_passes(x, (2, 4))
+    finally:
+        torch.set_default_dtype(default)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 # Gradients ---------------------------------------------------------------------------------------------------------
 
 
@@ -265,7 +333,17 @@ def test_gradients_are_those_of_finite_differences(kind: str, config: FDConfig, 
     def output(x: Tensor, *values: Tensor) -> Tensor:
         return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
 
-    assert torch.autograd.gradcheck(output, (x, *parameters))
+    assert torch.autograd.gradcheck(output, (x, *parameters), fast_mode=True)
+
+
+@both
+def test_parameters_may_be_replaced_by_plain_tensors(kind: str) -> None:
+    """As `torch.func` and `nn.DataParallel` do."""
+    layer, x = make(kind)
+    doubled = {name: 2 * parameter.detach() for name, parameter in layer.named_parameters()}
+    y = torch.func.functional_call(layer, doubled, (x,))
+    layer.load_state_dict({**layer.state_dict(), **doubled})
+    assert torch.equal(y, layer(x))
 
 
 @both
@@ -361,6 +439,32 @@ def test_large_inputs_stay_finite(kind: str, dtype: torch.dtype, whole: bool) ->
     if not whole:  # float16 parameters would need float16 gradients, whose range is the user's concern
         y.float().mean().backward()
         assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("gates", ["sigmoid", "tanh", "softmax"])
+@pytest.mark.parametrize("whole", [False, True], ids=["autocast", "whole layer"])
+def test_gates_far_from_neutral_stay_finite(gates: str, whole: bool) -> None:
+    """Logits beyond float16's range saturate a gate."""
+    config = FDConfig(kernel_num=5, kernel_activation=gates, band_activation=gates)  # type: ignore[arg-type]
+    layer, x = make("conv", config)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if "kernel_fc" in name or "FBM" in name:
+                parameter.fill_(50)
+    x = 300 + 100 * x
+    if whole:
+        layer, x = layer.half(), x.half()
+    with torch.autocast("cpu", dtype=torch.float16, enabled=not whole):
+        assert layer(x).isfinite().all()
+
+
+@both
+def test_another_dtype_is_refused_as_the_static_layer_does(kind: str) -> None:
+    for config in (SMALL, FDConfig(kernel_num=5, fbm_kernel_sizes=())):
+        layer, x = make(kind, config)
+        for batch in (x, x[:1]):
+            with pytest.raises(RuntimeError, match=r"expected|same"):
+                layer(batch.half())
 
 
 @both
@@ -533,6 +637,20 @@ def test_hooks_see_one_call(kind: str) -> None:
 
 
 @both
+def test_a_subclass_prepares_an_input_once(kind: str) -> None:
+    layer, x = make(kind)
+    unbatched = x[0] if kind == "conv" else x[0, 0]
+    expected = layer(2 * unbatched)
+
+    class Doubled(type(layer)):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(2 * x)
+
+    layer.__class__ = Doubled
+    assert torch.equal(layer(unbatched), expected)
+
+
+@both
 @pytest.mark.parametrize("training", [False, True])
 def test_an_empty_batch(kind: str, training: bool) -> None:
     layer, x = make(kind)
@@ -541,9 +659,11 @@ def test_an_empty_batch(kind: str, training: bool) -> None:
     y = layer.train(training)(x[:0].requires_grad_())
     assert y.shape == (0, *expected)
     y.sum().backward()
+    for name, parameter in layer.named_parameters():
+        # zero, as the static layer's, or a distributed optimizer waits for it
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter)) or name == "bias", name
     for name, tensor in layer.state_dict().items():
-        if name != "KSM_Global.bn.num_batches_tracked":
-            assert torch.equal(tensor, before[name]), name
+        assert torch.equal(tensor, before[name]), name
 
 
 def test_memory_layout_makes_no_difference() -> None:
@@ -587,16 +707,19 @@ def test_compiles_in_one_piece(kind: str) -> None:
     gradient, layer.dft_weight.grad = layer.dft_weight.grad, None
     layer(x).square().sum().backward()
     assert_close(gradient, layer.dft_weight.grad, "same-float32")
+    compiled.train()
+    for batch in (2, 3, 1):  # the second size makes the compiler take the batch for a variable
+        compiled(torch.randn(batch, *x.shape[1:])).sum().backward()
     torch._dynamo.reset()
 
 
 @both
-def test_exports_for_any_batch(kind: str) -> None:
+def test_exports_for_any_batch_and_size(kind: str) -> None:
     layer, x = make(kind)
-    any_batch = ({0: torch.export.Dim("batch", min=2)},)
-    exported = torch.export.export(layer, (x,), dynamic_shapes=any_batch).module()
-    for batch in (2, 5):
-        y = torch.randn(batch, *x.shape[1:])
+    anything = torch.export.Dim.DYNAMIC
+    exported = torch.export.export(layer, (x,), dynamic_shapes=({0: anything, x.dim() - 2: anything},)).module()
+    for size in (2, 5):
+        y = torch.randn(size, *x.shape[1:-2], 13, x.shape[-1])
         assert_close(exported(y), layer(y), "same-float32")
 
 

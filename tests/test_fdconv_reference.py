@@ -15,6 +15,10 @@ from torch import nn
 from fdconv import FDConfig, FDConv2d, FDLinear
 
 
+# torch's own remark on even kernels, which the static layer makes too
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
+
+
 def conv(c_in: int, c_out: int, kernel_size: Any, **rest: Any) -> dict[str, Any]:
     return {"in_channels": c_in, "out_channels": c_out, "kernel_size": kernel_size, **rest}
 
@@ -147,10 +151,13 @@ def test_conv_in_training(norm: str, batch: int) -> None:
     assert changed == (statistics if norm == "batch" and batch > 1 else set())
 
 
-def test_running_statistics_are_those_of_batch_norm() -> None:
+@pytest.mark.parametrize("momentum", [0.1, 0.3, None])
+def test_running_statistics_are_those_of_batch_norm(momentum: float | None) -> None:
     layer = randomise_(FDConv2d(4, 3, 1, dtype=torch.float64, config=FDConfig(kernel_num=4)), 1).train()
     norm = nn.BatchNorm1d(16, dtype=torch.float64)
     norm.load_state_dict({k.removeprefix("KSM_Global.bn."): v for k, v in layer.state_dict().items() if ".bn." in k})
+    if momentum != norm.momentum:  # else the layer's default
+        norm.momentum = layer.KSM_Global.bn.momentum = momentum
     x = torch.randn(5, 4, 3, 2, dtype=torch.float64)
     layer(x)
     norm(nn.functional.linear(x.mean((2, 3)), layer.state_dict()["KSM_Global.fc.weight"].flatten(1)))
