@@ -14,7 +14,6 @@ from torch import nn
 
 from fdconv import FDConfig, FDConv2d, FDLinear
 
-
 # torch's own remark on even kernels, which the static layer makes too
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 
