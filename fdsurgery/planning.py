@@ -6,13 +6,14 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from .discovery import observe
 from .discovery.site import Site
+from .discovery.trace import TracedBy
 from .errors import PlanError, RecipeError, near_misses
 from .operators import get_operator
 from .recipe import Recipe, check_rules_matched, detect_recipe, load_recipe, matches_any
@@ -57,7 +58,8 @@ class Plan:
     """How the recipe was chosen, in words."""
     model_class: str
     tracer: str
-    """How the model was observed: `meta` (no compute) or `real`."""
+    """How the model was observed: in a forward recorded on `meta` tensors (no compute) or `real` ones, or in the graph
+    of the tracer that was asked for."""
     decisions: tuple[Decision, ...]
     example_inputs: Any = field(default=None, compare=False, repr=False)
     """The caller's example inputs, used again for the check after surgery; not part of `to_dict`."""
@@ -147,6 +149,7 @@ def plan(
     recipe: str | Path | Recipe = "auto",
     *,
     example_inputs: Any = None,
+    tracer: Literal["record"] | TracedBy = "record",
     **overrides: Any,
 ) -> Plan:
     """Decide for every site of a model whether to swap it. The model is not touched.
@@ -156,6 +159,7 @@ def plan(
         recipe: `auto` to recognise the family (else `generic`), a shipped recipe's name, a YAML file, or a `Recipe`.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments for one forward; needed
             only where they cannot be told from the model.
+        tracer: what reads the data flow; see `fdsurgery.sites`.
         **overrides: operator settings that win over every rule's `with`, e.g. `kernel_num=16`.
 
     Returns:
@@ -177,7 +181,7 @@ def plan(
         name = chosen.name
     for rule in chosen.swap:  # before the model is run: a wrong override should not take a forward to be told
         get_operator(rule.operator).settings({**rule.settings, **overrides})
-    seen = observe(model, example_inputs)
+    seen = observe(model, example_inputs, tracer)
     decisions = _decide_all(model, chosen, seen.sites, overrides)
     decisions = tuple(
         replace(decision, parameters_added=_parameters_added(model.get_submodule(decision.site.name), decision))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from .discovery import observe
 from .errors import PlanError, RewriteError, UnsupportedModelError, near_misses
@@ -30,7 +30,8 @@ def convert(
     ```
 
     Args:
-        model: changed in place; keeps its class, signature, device, dtype, mode, hooks and `requires_grad`.
+        model: changed in place; keeps its class, signature, device, dtype, mode, hooks and `requires_grad`. In a
+            `torch.fx.GraphModule`, functional convolutions and linears are swapped too: see `fdsurgery.rewrite.graph`.
         recipe: `auto` to recognise the family (else `generic`), a shipped recipe's name, a YAML file, or a `Recipe`.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments for one forward; needed
             only where they cannot be told from the model.
@@ -42,6 +43,10 @@ def convert(
     Raises:
         SurgeryError: see `plan` and `apply`; the model is then bit for bit as it was.
     """
+    if isinstance(model, fx.GraphModule):
+        from .rewrite import graph  # which builds on this module
+
+        return graph.convert(model, recipe, example_inputs=example_inputs, **overrides)
     return apply(plan(model, recipe, example_inputs=example_inputs, **overrides), model)
 
 

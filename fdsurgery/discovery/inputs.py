@@ -9,7 +9,8 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 BATCH = 2
 """Samples in a guessed batch. Two: no axis of size 1 is ever the batch, and one token per sample is not one row."""
@@ -80,8 +81,11 @@ def guesses(model: nn.Module) -> Iterator[Inputs]:
 
     Sizes and channels come from timm's `pretrained_cfg`, a transformers `config`, the model's own `img_size` and first
     convolution; for unknown models the usual image sizes are tried, and token inputs if the model begins with a linear.
+    What `torch.export` wrote tells its own.
     """
     make = _Maker(model)
+    if isinstance(model, fx.GraphModule):
+        yield from _for_exported(model, make)
     config = getattr(model, "config", None)
     if getattr(config, "model_type", None) is not None and hasattr(model, "main_input_name"):
         yield from _for_transformers(model, config, make)
@@ -179,6 +183,22 @@ def _setting(holder: Any, names: Iterable[str]) -> Any:
             if value is not None:
                 return value
     return None
+
+
+def _for_exported(graph_module: fx.GraphModule, make: _Maker) -> Iterator[Inputs]:
+    """Inputs like those that the graph was exported with."""
+    like = [node.meta.get("val") for node in graph_module.graph.nodes if node.op == "placeholder"]
+    structure = getattr(graph_module, "_in_spec", None)
+    if structure is None or not all(isinstance(value, Tensor) for value in like):
+        return
+    made = [
+        make.floats(*map(int, value.shape)).to(value.dtype)
+        if value.is_floating_point()
+        else make.ones(*map(int, value.shape)).to(value.dtype)
+        for value in like
+    ]
+    args, kwargs = pytree.tree_unflatten(made, structure)
+    yield Inputs(args, kwargs)
 
 
 def _for_transformers(model: nn.Module, config: Any, make: _Maker) -> Iterator[Inputs]:

@@ -18,9 +18,11 @@ from .obstacles import find_obstacles
 from .record import LAYERS, record
 from .roles import find_roles
 from .site import Kind, Layout, Role, Site
+from .trace import TRACERS, TracedBy, trace
 from .twin import has_hooks
 
-Tracer = Literal["meta", "real"]
+Recorded = Literal["meta", "real"]
+Seen = Recorded | TracedBy
 
 _MOST_REAL_TRIES = 3  # a real forward of a large model takes seconds, and fails at one size much as at another
 
@@ -35,29 +37,35 @@ class Observation:
     """One for each convolution and linear layer, in the order of `model.named_modules()`."""
     inputs: Inputs
     """What the model was called with."""
-    tracer: Tracer
-    """Whether the forward ran on meta tensors (no memory, no computation) or had to be real."""
+    tracer: Seen
+    """Whether the recorded forward ran on meta tensors (no memory, no computation) or had to be real; or the other
+    tracer that was asked for."""
     calls: Mapping[str, int]
     """How often each convolution and linear layer was called, by name; 0 for those that never were."""
     note: str = ""
     """Why meta tensors did not do, if they did not."""
 
 
-def sites(model: nn.Module, example_inputs: Any = None) -> tuple[Site, ...]:
+def sites(
+    model: nn.Module, example_inputs: Any = None, tracer: Literal["record"] | TracedBy = "record"
+) -> tuple[Site, ...]:
     """All convolutions and linear layers of a model, with what one forward shows about each.
 
     Args:
         model: any module; it is not changed in any way.
         example_inputs: what to call the model with. A tensor is its only argument, a tuple or list holds positional
             arguments, a mapping keyword arguments. Guessed if None (see `example_inputs`).
+        tracer: what reads the data flow. `record` writes down one forward of any Python code. `fx` (symbolic tracing),
+            `timm` (its feature extraction) and `export` (`torch.export`) are there for comparison; they refuse models.
 
     Returns:
         One site for each module object, in the order of `model.named_modules()`.
 
     Raises:
-        DiscoveryError: the model's forward ran with no inputs that could be guessed, or not with those given.
+        DiscoveryError: the model's forward ran with no inputs that could be guessed, or not with those given; or the
+            tracer refused the model.
     """
-    return observe(model, example_inputs).sites
+    return observe(model, example_inputs, tracer).sites
 
 
 def example_inputs(model: nn.Module) -> Inputs:
@@ -72,40 +80,58 @@ def example_inputs(model: nn.Module) -> Inputs:
     return observe(model).inputs
 
 
-def observe(model: nn.Module, example_inputs: Any = None) -> Observation:
+def observe(
+    model: nn.Module, example_inputs: Any = None, tracer: Literal["record"] | TracedBy = "record"
+) -> Observation:
     """Run one forward of a copy of the model in eval mode, on meta tensors if it can be, and tell what was seen.
 
     Args:
         model: any module; it is not changed in any way, and neither are the states of random generators.
         example_inputs: as for `sites`.
+        tracer: as for `sites`; inputs are found by a recorded forward in any case.
 
     Returns:
         The data flow as a graph, and the sites with their roles in it.
 
     Raises:
         DiscoveryError: the model's forward ran with no inputs that could be guessed, or not with those given; or it has
-            lazy layers, which are nothing yet.
+            lazy layers, which are nothing yet; or the tracer refused the model.
     """
     for name, weight in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(weight):
             raise DiscoveryError(f"{name!r} has no shape yet (a lazy layer); call the model once on real inputs first")
     layers = _layers(model)
+    seen: Seen
     try:
-        graph, inputs, tracer, note = _first_that_runs(model, example_inputs)
+        graph, inputs, seen, note = _first_that_runs(model, example_inputs)
     except DiscoveryError:
         if not has_hooks(model):
             raise
         # Some models collect their features by hooks, and do not run without them.
-        graph, inputs, tracer, note = _first_that_runs(model, example_inputs, hooks=True)
+        graph, inputs, seen, note = _first_that_runs(model, example_inputs, hooks=True)
+    if tracer != "record":
+        graph, seen = _traced(model, inputs, tracer, layers), tracer
     flow = Flow(graph, layers)
     found = _sites(model, flow)
     calls = {name: len(flow.calls.get(name, ())) for name in layers}
-    return Observation(graph, found, inputs, tracer, calls, note)
+    return Observation(graph, found, inputs, seen, calls, note)
+
+
+def _traced(model: nn.Module, inputs: Inputs, tracer: TracedBy, layers: dict[str, nn.Module]) -> fx.Graph:
+    if tracer not in TRACERS:
+        raise DiscoveryError(f"there is no tracer {tracer!r}; there are record, {', '.join(TRACERS)}")
+    try:
+        return trace(model, inputs, tracer, layers)
+    except Exception as error:
+        raise DiscoveryError(
+            f"{type(model).__name__} could not be traced by {tracer}: {_one_line(error)}. A recorded forward "
+            'takes more models: tracer="record"'
+        ) from error
 
 
 def _first_that_runs(
     model: nn.Module, example_inputs: Any, hooks: bool = False
-) -> tuple[fx.Graph, Inputs, Tracer, str]:
+) -> tuple[fx.Graph, Inputs, Recorded, str]:
     """The graph of the first forward that runs, its inputs, how it ran, and why not on meta tensors if it did not."""
     if isinstance(model, torch.jit.ScriptModule):
         return fx.Graph(), Inputs(), "meta", "TorchScript cannot be watched"
@@ -113,7 +139,7 @@ def _first_that_runs(
     real_tries = 0 if _has_meta_weights(model) else _MOST_REAL_TRIES
     failures: list[_Failure] = []
 
-    def attempt(inputs: Inputs, tracer: Tracer) -> fx.Graph | None:
+    def attempt(inputs: Inputs, tracer: Recorded) -> fx.Graph | None:
         try:
             return record(model, inputs, meta=tracer == "meta", hooks=hooks)
         except Exception as error:
@@ -145,7 +171,7 @@ def _first_that_runs(
 @dataclass(frozen=True)
 class _Failure:
     inputs: Inputs
-    tracer: Tracer
+    tracer: Recorded
     said: str
 
     @property

@@ -1,0 +1,76 @@
+"""The graphs of other tracers show what a recorded forward shows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import CASES
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fdsurgery
+from fdsurgery import DiscoveryError
+from fdsurgery.discovery import example_inputs, observe
+from fdsurgery.discovery.trace import TRACERS
+
+REFUSES = {("hf", "fx"), ("hf", "timm")}
+"""Libraries whose models a tracer does not take: their forwards branch on values and pass keywords on."""
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize("name", CASES)
+def test_every_tracer_shows_the_same_sites(name: str, tracer: str) -> None:
+    model = CASES[name].build().eval()
+    if (name.split()[0], tracer) in REFUSES:
+        with pytest.raises(DiscoveryError, match=rf"could not be traced by {tracer}: .*tracer=\"record\""):
+            fdsurgery.sites(model, tracer=tracer)
+        return
+    seen = observe(model, tracer=tracer)
+    assert seen.tracer == tracer
+    assert len(seen.sites) > 8 and len({site.role for site in seen.sites}) > 3
+    assert seen.sites == observe(model).sites
+
+
+class Odd(nn.Module):
+    """A layer called as a function, and one whose weight has another reader."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.functional = nn.Linear(8, 16)
+        self.read = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, *, scale: float = 2.0, flip: bool = False) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        x = F.linear(x.flip(1) if flip else x, self.functional.weight, self.functional.bias)
+        return self.read(x) * self.read.weight.sum() * scale
+
+
+@pytest.mark.parametrize("tracer", ["record", "fx", "export"])
+def test_functions_with_the_weights_of_a_layer_are_no_calls_of_it(tracer: str) -> None:
+    sites = {site.name: site for site in fdsurgery.sites(Odd(), torch.randn(2, 3, 8, 8), tracer=tracer)}
+    assert [site.calls for site in sites.values()] == [1, 0, 1]
+    assert "read past the layer" in str(sites["functional"].obstacle)
+    assert "read past the layer" in str(sites["read"].obstacle)
+
+
+def test_an_unknown_tracer_is_told_what_there_is() -> None:
+    with pytest.raises(DiscoveryError, match=r"no tracer 'fxx'; there are record, fx, timm, export"):
+        fdsurgery.sites(nn.Conv2d(3, 3, 3), tracer="fxx")  # type: ignore[arg-type]
+
+
+def test_the_plan_says_which_tracer_was_used() -> None:
+    model = CASES["timm resnet18"].build()
+    assert fdsurgery.plan(model, tracer="export").tracer == "export"
+    assert fdsurgery.plan(model, tracer="export").decisions == fdsurgery.plan(model).decisions
+
+
+@pytest.mark.parametrize("name", ["hf vit", "timm convnext (linear FFN)"])
+def test_an_exported_model_tells_its_inputs(name: str) -> None:
+    model = CASES[name].build().eval()
+    inputs = example_inputs(model)
+    graph_module = torch.export.export(model, inputs.args, dict(inputs.kwargs)).module()
+    assert str(example_inputs(graph_module)) == str(inputs)
+    swaps = {decision.site.name for decision in fdsurgery.plan(model, "generic").swaps}
+    fdsurgery.convert(graph_module)
+    assert swaps == {part for part, module in graph_module.named_modules() if type(module).__name__.startswith("FD")}
