@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -262,9 +263,9 @@ def compiles(model: Any, inputs: Any) -> str:
     return "no, nor the plain model" if attempt(fdsurgery.restore(copy.deepcopy(model))) else "no"
 
 
-def run(spec: str, seconds: float) -> dict[str, Any]:
+def run(name: str, spec: str, seconds: float) -> dict[str, Any]:
     """One row, measured in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.zoo", "--one", spec]
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--one", spec]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -309,13 +310,25 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Run what has not been run, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def sweep(
+    name: str,
+    measure: Callable[[str], dict[str, Any]],
+    table: Callable[[list[dict[str, Any]]], str],
+    description: str,
+) -> None:
+    """Run what has not been run, and write the table.
+
+    Args:
+        name: of the module of `benchmarks` that is run, and of its results.
+        measure: gives the row of one model.
+        table: writes rows as Markdown.
+        description: for the help.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="models whose SPEC contains this")
     parser.add_argument("--limit", type=int, help="at most so many models")
     parser.add_argument("--seconds", type=float, default=240, help="time for one model")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for zoo.jsonl and zoo.md")
+    parser.add_argument("--output", type=Path, default=RESULTS, help=f"folder for {name}.jsonl and {name}.md")
     parser.add_argument("--again", action="store_true", help="forget earlier rows")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -325,20 +338,21 @@ def main() -> None:
     from rich.progress import track
 
     options.output.mkdir(parents=True, exist_ok=True)
-    file = options.output / "zoo.jsonl"
+    file = options.output / f"{name}.jsonl"
     if options.again:
         file.unlink(missing_ok=True)
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
     done = {row["model"] for row in rows}
     wanted = [spec for spec in specs() if options.only in spec and spec not in done][: options.limit]
     for spec in track(wanted, "models"):
-        row = run(spec, options.seconds)
+        row = run(name, spec, options.seconds)
         rows.append(row)
         with file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(row) + "\n")
-        (options.output / "zoo.md").write_text(table(rows), encoding="utf-8")
-    print(f"{len(rows)} models: {dict(Counter(row['status'] for row in rows))}; see {options.output / 'zoo.md'}")
+        (options.output / f"{name}.md").write_text(table(rows), encoding="utf-8")
+    statuses = dict(Counter(row["status"] for row in rows))
+    print(f"{len(rows)} models: {statuses}; see {options.output / name}.md")
 
 
 if __name__ == "__main__":
-    main()
+    sweep("zoo", measure, table, __doc__ or "")

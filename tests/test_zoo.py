@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from benchmarks import tracers
 from benchmarks.zoo import TIMM, Raw, measure, run, table
 
 
@@ -30,9 +31,9 @@ def test_a_model_is_measured(spec: str) -> None:
 
 
 def test_what_fails_is_a_row_too() -> None:
-    row = run("timm:no_such_model", seconds=60)
+    row = run("zoo", "timm:no_such_model", seconds=60)
     assert row["status"] == "failed" and "no_such_model" in row["reason"]
-    assert run("timm:resnet18", seconds=0.01)["status"] == "out of time"
+    assert run("zoo", "timm:resnet18", seconds=0.01)["status"] == "out of time"
     assert "failed" in table([row])
 
 
@@ -52,3 +53,12 @@ def test_every_timm_module_has_its_model() -> None:
     known = json.loads(TIMM.read_text(encoding="utf-8"))
     assert set(known.values()) <= set(timm.list_models())
     assert len(known) >= 90
+
+
+def test_tracers_are_compared() -> None:
+    row = tracers.measure("timm:coat_tiny")  # it holds modules under several names
+    assert (row["record"], row["sites"], row["fx"], row["timm"], row["export"]) == ("meta", 101, "same", "same", "same")
+    odd = {"model": "hf:odd", "status": "observed", "record": "real", "fx": "refuses", "export": "other"}
+    text = tracers.table([row, odd | {"export_reason": "2 sites differ, a first"}])
+    assert "| timm | 1 | 1 | 0 | 1 | 1 | 1 |" in text and "Of 4 graphs, 3 show" in text
+    assert "| hf:odd | export | 2 sites differ, a first |" in text

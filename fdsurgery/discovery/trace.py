@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -52,7 +52,7 @@ def trace(model: nn.Module, inputs: Inputs, tracer: TracedBy, layers: Mapping[st
                 graph_module = program.module()
     called = _called(program.graph if tracer == "export" else graph_module.graph)
     graph = record(graph_module, inputs, meta=True)
-    _call_layers(graph, called & layers.keys())
+    _call_layers(graph, _first_names(twin, layers), called)
     return graph
 
 
@@ -89,15 +89,26 @@ def _called(graph: fx.Graph) -> set[str]:
     return {next(reversed(stack.values()))[0] for stack in stacks if stack}
 
 
-def _call_layers(graph: fx.Graph, names: Set[str]) -> None:
-    """Make calls of these layers of the functions that read their weights."""
+def _first_names(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The name in `layers` for each name of a layer."""
+    first = {id(model.get_submodule(name)): name for name in layers}
+    return {
+        alias: first[id(module)] for alias, module in model.named_modules(remove_duplicate=False) if id(module) in first
+    }
+
+
+def _call_layers(graph: fx.Graph, names: Mapping[str, str], called: set[str]) -> None:
+    """Make calls of the layers that were called of the functions that read their weights."""
+    called_first = {names[name] for name in called if name in names}
     for node in list(graph.nodes):
+        if node.op == "call_module":
+            node.target = names.get(str(node.target), node.target)
         if op_name(node) not in ("conv2d", "convolution", "linear"):
             continue
         x, *read = node.all_input_nodes
         owner, _, key = str(read[0].target).rpartition(".") if read else ("", "", "")
-        if key == "weight" and owner in names:
-            node.op, node.target, node.args, node.kwargs = "call_module", owner, (x,), {}
+        if key == "weight" and names.get(owner) in called_first:
+            node.op, node.target, node.args, node.kwargs = "call_module", names[owner], (x,), {}
             for source in read:
                 if not source.users:
                     graph.erase_node(source)
