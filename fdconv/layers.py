@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from .bands import BandModulation
+from .composite import Convolution, WeightShape, sample_weights
 from .config import FDConfig
-from .functional import conv2d_per_sample, dynamic_weight, linear_per_sample
+from .functional import frequency_dynamic
 from .lazy import LazyTensor
-from .modulation import GlobalModulation, LocalModulation
+from .modulation import Factors, GlobalModulation, LocalModulation
 from .precision import exact_dtype, fft_dtype, without_autocast
 from .spectrum import (
     frequency_groups,
@@ -154,25 +155,36 @@ class FrequencyDynamic(nn.Module):
         Returns:
             `(B, C_out, C_in/groups, k_h, k_w)`, float32 or float64; `B` is 1 where the weight depends on no sample.
         """
-        return self._weights_of(self._context(x))
+        context = self._context(x)
+        with without_autocast(context.device):
+            return sample_weights(self._spectra(), self.frequency_group, self._factors(context), self._weight_shape())
 
     def _context(self, x: Tensor) -> Tensor:
         """The mean over positions, `(B, C_in)`, in FFT precision."""
         raise NotImplementedError
 
-    def _weights_of(self, context: Tensor) -> Tensor:
-        _, in_channels, k_h, k_w = self._kernel_shape()
+    def _weight_shape(self) -> WeightShape:
+        out_channels, in_channels, k_h, k_w = self._kernel_shape()
+        scale, activation = self._neutral_scale(), self.config.local_activation
+        return WeightShape(out_channels, in_channels, (k_h, k_w), self.groups, scale, activation)
+
+    def _factors(self, context: Tensor) -> Factors:
+        factors = Factors() if self.KSM_Global is None else self.KSM_Global(context)
+        if self.KSM_Local is None:
+            return factors
+        return factors._replace(context=self.KSM_Local(context), taps=self.KSM_Local.taps.to(context.dtype))
+
+    def _apply_weights(self, context: Tensor, x: Tensor, conv: Convolution | None) -> Tensor:
+        """Convolve with the weights that the context gives each sample, or multiply without a `Convolution`."""
         with without_autocast(context.device):
-            return dynamic_weight(
-                self._spectra(),
-                self.frequency_group,
-                None if self.KSM_Global is None else self.KSM_Global(context),
-                None if self.KSM_Local is None else self.KSM_Local(context),
-                scale=self._neutral_scale(),
-                width=in_channels * k_w,
-                kernel_size=(k_h, k_w),
-                groups=self.groups,
-            )
+            spectra, factors = self._spectra(), self._factors(context)
+        y = frequency_dynamic(
+            x, spectra, self.frequency_group, factors, self._weight_shape(), conv, self.dft_weight.dtype
+        )
+        if self.bias is None:
+            return y
+        bias = self.bias.to(y.dtype)
+        return y + (bias if conv is None else bias.view(-1, 1, 1))
 
     def extra_repr(self) -> str:
         shared = "" if self.config.param_ratio == 1 else f", param_ratio={self.config.param_ratio}"
@@ -225,7 +237,7 @@ class FDConv2d(FrequencyDynamic, nn.Conv2d):  # type: ignore[misc, override]  # 
         self.KSM_Global = (
             GlobalModulation(*shape, depthwise=depthwise, linear=False, **place) if config.ksm_global else None
         )
-        self.KSM_Local = LocalModulation(*shape, groups=groups, **place) if config.ksm_local else None
+        self.KSM_Local = LocalModulation(*shape, device=place["device"], dtype=dtype) if config.ksm_local else None
         banded = k_h == k_w and k_h in config.fbm_kernel_sizes
         self.FBM = BandModulation(in_channels, **place) if banded else None
         self.reset_parameters()
@@ -255,15 +267,14 @@ class FDConv2d(FrequencyDynamic, nn.Conv2d):  # type: ignore[misc, override]  # 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 3:  # not self.forward: a subclass that prepares its input has done so by now
             return FDConv2d.forward(self, x.unsqueeze(0)).squeeze(0)
-        # In the layer's dtype, so that an input of another one is refused as nn.Conv2d refuses it.
-        weight = self._weights_of(self._context(x)).to(self.dft_weight.dtype)
+        context = self._context(x)
         if self.FBM is not None:
             x = self.FBM(x)
         padding: tuple[int, ...] | str = self.padding
         if self.padding_mode != "zeros":
             x = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0, 0)
-        return conv2d_per_sample(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        return self._apply_weights(context, x, Convolution(self.stride, padding, self.dilation, self.groups))
 
 
 class FDLinear(FrequencyDynamic, nn.Linear):  # type: ignore[misc, override]
@@ -341,8 +352,7 @@ class FDLinear(FrequencyDynamic, nn.Linear):  # type: ignore[misc, override]
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 1:
             return FDLinear.forward(self, x.unsqueeze(0)).squeeze(0)
-        weight = self._weights_of(self._context(x))[..., 0, 0].to(self.dft_weight.dtype)
-        return linear_per_sample(x, weight, self.bias)
+        return self._apply_weights(self._context(x), x, None)
 
 
 def _geometry(conv: nn.Conv2d) -> dict[str, Any]:

@@ -21,17 +21,36 @@ from torch.nn import functional as F
 from .config import FDConfig
 
 
-class Attention(NamedTuple):
-    """Factors of the global branch; None where a layer has no such head."""
+class Factors(NamedTuple):
+    """What modulates the weights of a batch; None where a layer has no such branch. All neutral at 1, or logit 0."""
 
-    channel: Tensor | None
-    """`(B, C_in)`, neutral 1."""
-    filter: Tensor | None
-    """`(B, C_out)`, neutral 1."""
-    spatial: Tensor | None
-    """`(B, k_h*k_w)`, neutral 1."""
-    kernel: Tensor | None
-    """`(B, r*n)`, neutral 1: the factor of a frequency group beside the static weight's share."""
+    kernel: Tensor | None = None
+    """`(B, r*n)`, of the frequency groups."""
+    channel: Tensor | None = None
+    """`(B, C_in)`."""
+    filter: Tensor | None = None
+    """`(B, C_out)`."""
+    spatial: Tensor | None = None
+    """`(B, k_h*k_w)`."""
+    context: Tensor | None = None
+    """`(B, C_in)`, the normalised input of the local branch."""
+    taps: Tensor | None = None
+    """`(C_out*k_h*k_w, taps)`, the short filters of the local branch; of the layer, not of a sample."""
+
+    @property
+    def per_sample(self) -> tuple[Tensor, ...]:
+        """Those that the branches of this layer have, with the sample as first axis."""
+        return tuple(factor for factor in self[:5] if factor is not None)
+
+    @property
+    def batch(self) -> int:
+        """Number of samples that they are for; 1 where they are for all."""
+        return self.per_sample[0].shape[0] if self.per_sample else 1
+
+    def of(self, samples: slice) -> Factors:
+        """Those of some of the samples."""
+        kernel, channel, filter_, spatial, context = (None if it is None else it[samples] for it in self[:5])
+        return Factors(kernel, channel, filter_, spatial, context, self.taps)
 
 
 def gate(logits: Tensor, activation: str, temperature: float = 1.0) -> Tensor:
@@ -124,7 +143,7 @@ def _linear(layer: Squeeze | ZeroInit, x: Tensor) -> Tensor:
 
 
 class GlobalModulation(nn.Module):
-    """KSM's global branch: `(B, C_in)` pooled input to `Attention`.
+    """KSM's global branch: `(B, C_in)` pooled input to the `Factors` of this branch.
 
     Args:
         in_channels: `C_in`.
@@ -166,7 +185,7 @@ class GlobalModulation(nn.Module):
         self.spatial_fc = head(positions) if positions > 1 else None
         self.kernel_fc = head(groups) if groups > 1 else None
 
-    def forward(self, context: Tensor) -> Attention:
+    def forward(self, context: Tensor) -> Factors:
         config = self.config
         hidden = _linear(self.fc, context)
         if self.bn is not None:
@@ -181,14 +200,14 @@ class GlobalModulation(nn.Module):
         kernel = None
         if self.kernel_fc is not None:
             kernel = gate(_linear(self.kernel_fc, hidden), config.kernel_activation, config.kernel_temperature)
-        return Attention(factor(self.channel_fc), factor(self.filter_fc), factor(self.spatial_fc), kernel)
+        return Factors(kernel, factor(self.channel_fc), factor(self.filter_fc), factor(self.spatial_fc))
 
 
 class LocalModulation(nn.Module):
-    """KSM's local branch: `(B, C_in)` pooled input to a factor for every weight, `(B, C_out, k_h*k_w, C_in/groups)`.
+    """KSM's local branch: `(B, C_in)` pooled input to the normalised context that short filters slide along.
 
-    Each filter position has a short filter of its own that slides along the normalised channel axis. An output channel
-    of a grouped convolution sees the channels of its group only.
+    Each filter position has a short filter of its own, in `taps`; what it sees of the context gives a factor for every
+    weight (see `fdconv.composite.local_gate`).
     """
 
     def __init__(
@@ -197,24 +216,19 @@ class LocalModulation(nn.Module):
         out_channels: int,
         positions: int,
         *,
-        groups: int,
-        config: FDConfig,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.groups = groups
-        self.positions = positions
-        self.activation = config.local_activation
         self.norm = nn.LayerNorm(in_channels, device=device, dtype=dtype)
         taps = round(math.log2(in_channels) / 2 + 0.5) // 2 * 2 + 1
         self.conv = ZeroInit(out_channels * positions, 1, taps, bias=False, device=device, dtype=dtype)
 
+    @property
+    def taps(self) -> Tensor:
+        """The short filters, `(C_out*k_h*k_w, taps)`."""
+        return self.conv.weight.squeeze(1)
+
     def forward(self, context: Tensor) -> Tensor:
-        taps = self.conv.weight.shape[-1]
         weight, bias = self.norm.weight.to(context.dtype), self.norm.bias.to(context.dtype)
-        context = F.layer_norm(context, context.shape[1:], weight, bias, self.norm.eps)
-        windows = F.pad(context, (taps // 2, taps // 2)).unfold(1, taps, 1).unflatten(1, (self.groups, -1))
-        filters = self.conv.weight.to(context.dtype).view(self.groups, -1, taps)
-        logits = filters @ windows.transpose(-1, -2)  # (B, groups, C_out/groups * positions, C_in/groups)
-        return gate(logits.unflatten(2, (-1, self.positions)).flatten(1, 2), self.activation)
+        return F.layer_norm(context, context.shape[1:], weight, bias, self.norm.eps)

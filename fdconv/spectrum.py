@@ -85,20 +85,15 @@ def image_to_spectra(image: Tensor, ratio: int) -> Tensor:
     return spectrum * share.to(spectrum.device, spectrum.dtype).unsqueeze(-1)
 
 
-def spectra_to_image(spectra: Tensor, gain: Tensor | float, width: int) -> Tensor:
-    """Scale the spectra `(r, D1, D2h, 2)`, sum them and transform back.
+def spectra_to_image(spectra: Tensor, scale: float, width: int) -> Tensor:
+    """Sum the spectra `(r, D1, D2h, 2)`, float32 or float64, scale them and transform back.
 
     Args:
-        spectra: real and imaginary parts, float32 or float64.
-        gain: factors of each sample's real and imaginary parts, `(B, r, D1, D2h, 2)`, or one for all (then `B = 1`).
+        scale: factor of them all.
         width: `D2`; the half spectrum alone does not tell an odd width from an even one.
 
     Returns:
-        Weight images `(B, D1, D2)`.
+        The weight image `(1, D1, D2)`.
     """
-    if isinstance(gain, Tensor):
-        scaled = spectra * gain
-        spectrum = scaled[:, 0] if len(spectra) == 1 else scaled.sum(1)
-    else:
-        spectrum = (spectra.sum(0) * gain).unsqueeze(0)
-    return torch.fft.irfft2(torch.view_as_complex(spectrum.contiguous()), s=(spectrum.shape[1], width))
+    spectrum = torch.view_as_complex((spectra.sum(0, keepdim=True) * scale).contiguous())
+    return torch.fft.irfft2(spectrum, s=(spectrum.shape[1], width))

@@ -1,0 +1,191 @@
+"""The operator's mathematics as pure functions, in differentiable operations of torch for whole batches."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .modulation import Factors, gate
+from .spectrum import image_to_weight
+
+
+class WeightShape(NamedTuple):
+    """What is fixed about the weight of a layer."""
+
+    out_channels: int
+    in_channels: int
+    """Input channels of one group of the convolution."""
+    kernel_size: tuple[int, int]
+    groups: int
+    scale: float
+    """Factor of the spectra at which the neutral weight comes out."""
+    activation: str
+    """Gate of the local branch."""
+
+    @property
+    def width(self) -> int:
+        """`D2`; the half spectrum alone does not tell an odd width from an even one."""
+        return self.in_channels * self.kernel_size[1]
+
+    @property
+    def numel(self) -> int:
+        """Number of weights of one sample."""
+        return self.out_channels * self.in_channels * math.prod(self.kernel_size)
+
+
+class Convolution(NamedTuple):
+    """How `conv2d` uses a weight."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+
+
+def sample_weights(spectra: Tensor, frequency_group: Tensor, factors: Factors, shape: WeightShape) -> Tensor:
+    """The weight of every sample: its spectrum scaled group by group, transformed back and modulated in space.
+
+    Args:
+        spectra: `(r, D1, D2h, 2)`, float32 or float64.
+        frequency_group: `(D1, D2h)`, group of every coefficient.
+        factors: of the modulation, in the dtype of the spectra.
+        shape: of the weight.
+
+    Returns:
+        `(B, C_out, C_in/groups, k_h, k_w)`, with `B = 1` where nothing depends on the sample.
+    """
+    image = torch.fft.irfft2(scaled_spectra(spectra, frequency_group, factors.kernel, shape.scale), s=_size(shape))
+    # Input channels last: there the factors broadcast along contiguous memory, and a 3x3 kernel's three columns do not.
+    weight = image_to_weight(image, shape.kernel_size).movedim(2, -1).contiguous()
+    if factors.context is not None:
+        weight = weight * local_gate(factors, shape)
+    for factor in global_factors(factors, shape):
+        weight = weight * factor
+    return weight.movedim(-1, 2).contiguous()
+
+
+def _size(shape: WeightShape) -> tuple[int, int]:
+    return shape.out_channels * shape.kernel_size[0], shape.width
+
+
+def scaled_spectra(spectra: Tensor, frequency_group: Tensor, kernel: Tensor | None, scale: float) -> Tensor:
+    """The spectra scaled group by group and summed over `r`: `(B, D1, D2h)`, complex."""
+    if kernel is None:
+        return torch.view_as_complex(spectra.sum(0, keepdim=True) * scale)
+    kernel = kernel.unflatten(1, (len(spectra), -1)) * scale
+    # index_select takes no uint8, and `kernel[..., frequency_group]` would read uint8 as a mask.
+    # One entry for the real and one for the imaginary part: a factor broadcast over a last axis of two is slow.
+    index = frequency_group.flatten().int().repeat_interleave(2)
+    scaled = spectra * kernel.index_select(2, index).view(*kernel.shape[:2], *spectra.shape[1:])
+    return torch.view_as_complex(scaled[:, 0] if len(spectra) == 1 else scaled.sum(1))
+
+
+def local_logits(factors: Factors, shape: WeightShape) -> Tensor:
+    """The short filters slid along the channel axis: `(B, groups, C_out/groups*k_h*k_w, C_in/groups)`.
+
+    An output channel of a grouped convolution sees the channels of its group only.
+    """
+    assert factors.context is not None and factors.taps is not None
+    return factors.taps.unflatten(0, (shape.groups, -1)) @ channel_windows(factors, shape)
+
+
+def channel_windows(factors: Factors, shape: WeightShape) -> Tensor:
+    """What the short filters see of the context: `(B, groups, taps, C_in/groups)`."""
+    assert factors.context is not None and factors.taps is not None
+    taps = factors.taps.shape[1]
+    windows = F.pad(factors.context, (taps // 2, taps // 2)).unfold(1, taps, 1)
+    return windows.unflatten(1, (shape.groups, -1)).transpose(-1, -2)
+
+
+def local_gate(factors: Factors, shape: WeightShape) -> Tensor:
+    """The factors of the local branch, `(B, C_out, k_h, k_w, C_in/groups)`."""
+    logits = local_logits(factors, shape)
+    return gate(logits, shape.activation).view(-1, shape.out_channels, *shape.kernel_size, shape.in_channels)
+
+
+def global_factors(factors: Factors, shape: WeightShape) -> list[Tensor]:
+    """The factors of the global branch, but for that of the frequency groups, multiplied as far as they stay small.
+
+    Returns:
+        Up to two tensors that broadcast to `(B, C_out, k_h, k_w, C_in/groups)`: filter times spatial, and channel.
+    """
+    found = []
+    if factors.filter is not None:
+        found.append(factors.filter[:, :, None, None, None])
+    if factors.spatial is not None:
+        spatial = factors.spatial.view(-1, 1, *shape.kernel_size, 1)
+        found = [found[0] * spatial if found else spatial]
+    if factors.channel is not None:
+        channel = factors.channel.view(-1, shape.groups, 1, 1, 1, shape.in_channels)
+        if shape.groups > 1:
+            channel = channel.expand(-1, -1, shape.out_channels // shape.groups, -1, -1, -1)
+        found.append(channel.flatten(1, 2))
+    return found
+
+
+def per_sample(x: Tensor, weight: Tensor, conv: Convolution | None) -> Tensor:
+    """Convolve with a weight for every sample, or without a `Convolution` multiply: see the two functions below."""
+    if conv is None:
+        return linear_per_sample(x, weight[..., 0, 0], None)
+    return conv2d_per_sample(x, weight, None, *conv)
+
+
+def conv2d_per_sample(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """`F.conv2d` with a weight for every sample.
+
+    Args:
+        x: `(B, C_in, H, W)`.
+        weight: `(B, C_out, C_in/groups, k_h, k_w)`, or `(1, ...)` to share one weight.
+        bias: `(C_out,)` or None; the other arguments as in `F.conv2d`.
+
+    Returns:
+        `(B, C_out, H', W')`.
+    """
+    batch = x.shape[0]  # not len(x), which torch.export takes for a constant
+    if batch == 0:  # the sum is a zero weight through which gradients flow
+        return F.conv2d(x, weight.sum(0), bias, stride, padding, dilation, groups)
+    if weight.shape[0] == 1:
+        return F.conv2d(x, weight[0], bias, stride, padding, dilation, groups)
+    out_channels, _, k_h, k_w = weight.shape[1:]
+    if (k_h, k_w) == (1, 1) and padding in ((0, 0), "valid", "same"):
+        x = x[:, :, :: stride[0], :: stride[1]]
+        columns = x.reshape(batch, groups, -1, x.shape[-2] * x.shape[-1])
+        y = weight.reshape(batch, groups, out_channels // groups, -1) @ columns
+        y = y.reshape(batch, out_channels, *x.shape[-2:])
+    else:
+        y = F.conv2d(
+            x.reshape(1, -1, *x.shape[-2:]), weight.flatten(0, 1), None, stride, padding, dilation, groups * batch
+        )
+        y = y.view(batch, out_channels, *y.shape[-2:])
+    return y if bias is None else y + bias.to(y.dtype).view(-1, 1, 1)
+
+
+def linear_per_sample(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` with a weight for every sample.
+
+    Args:
+        x: `(B, ..., C_in)`.
+        weight: `(B, C_out, C_in)`, or `(1, C_out, C_in)` to share one weight.
+        bias: `(C_out,)` or None.
+
+    Returns:
+        `(B, ..., C_out)`.
+    """
+    if weight.shape[0] == 1:
+        return F.linear(x, weight[0], bias)
+    # All positions on one axis, of length 1 for `(B, C_in)`; a reshape with -1 fails on an empty batch.
+    y = x.unsqueeze(1).flatten(1, -2) @ weight.transpose(1, 2)
+    y = y.reshape(*x.shape[:-1], weight.shape[1])
+    return y if bias is None else y + bias.to(y.dtype)
