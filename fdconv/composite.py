@@ -41,7 +41,7 @@ class Convolution(NamedTuple):
     """How `conv2d` uses a weight."""
 
     stride: tuple[int, ...]
-    padding: tuple[int, ...] | str
+    padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
 
@@ -134,12 +134,38 @@ def per_sample(x: Tensor, weight: Tensor, conv: Convolution | None) -> Tensor:
     return conv2d_per_sample(x, weight, None, *conv)
 
 
+def per_sample_backward(grad: Tensor, x: Tensor, weight: Tensor, conv: Convolution | None) -> tuple[Tensor, Tensor]:
+    """Gradients of `per_sample` to its input and to its weight, from that to its result."""
+    if conv is None:
+        rows, weight = x.reshape(len(x), -1, x.shape[-1]), weight[..., 0, 0]
+        grad = grad.reshape(len(x), -1, grad.shape[-1])
+        return (grad @ weight).view(x.shape), (grad.transpose(1, 2) @ rows)[..., None, None]
+    batch, out_channels, in_channels, *kernel = weight.shape
+    if kernel == [1, 1] and conv.groups == 1 and tuple(conv.stride) == (1, 1) and tuple(conv.padding) == (0, 0):
+        rows, weight, columns = grad.flatten(2), weight[..., 0, 0], x.flatten(2)
+        return (weight.transpose(1, 2) @ rows).view(x.shape), (rows @ columns.transpose(1, 2))[..., None, None]
+    to_x, to_weight, _ = torch.ops.aten.convolution_backward(
+        grad.reshape(1, -1, *grad.shape[2:]),
+        x.reshape(1, -1, *x.shape[2:]),
+        weight.view(batch * out_channels, in_channels, *kernel),
+        None,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        False,
+        [0, 0],
+        conv.groups * batch,
+        [True, True, False],
+    )
+    return to_x.view(x.shape), to_weight.view(weight.shape)
+
+
 def conv2d_per_sample(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     stride: tuple[int, ...],
-    padding: tuple[int, ...] | str,
+    padding: tuple[int, ...],
     dilation: tuple[int, ...],
     groups: int,
 ) -> Tensor:
@@ -159,7 +185,7 @@ def conv2d_per_sample(
     if weight.shape[0] == 1:
         return F.conv2d(x, weight[0], bias, stride, padding, dilation, groups)
     out_channels, _, k_h, k_w = weight.shape[1:]
-    if (k_h, k_w) == (1, 1) and padding in ((0, 0), "valid", "same"):
+    if (k_h, k_w) == (1, 1) and padding == (0, 0):
         x = x[:, :, :: stride[0], :: stride[1]]
         columns = x.reshape(batch, groups, -1, x.shape[-2] * x.shape[-1])
         y = weight.reshape(batch, groups, out_channels // groups, -1) @ columns

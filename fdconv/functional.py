@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any, Literal, get_args
+
 import torch
 from torch import Tensor
 
-from . import sample_loop
-from .composite import Convolution, WeightShape, per_sample, sample_weights
+from . import sample_loop, triton_kernels
+from .composite import Convolution, WeightShape, per_sample, per_sample_backward, sample_weights
 from .modulation import Factors
+from .precision import without_autocast
+
+Backend = Literal["auto", "torch", "triton"]
+"""`torch` computes with PyTorch's own operations, on CPUs chunk by chunk; `triton` with fused kernels; `auto` takes
+those where they serve, which is on NVIDIA GPUs with Triton."""
+
+_backend: Backend = "auto"
+
+
+def set_backend(backend: Backend) -> Backend:
+    """Choose how all layers of this process compute, and tell how they did so far.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    global _backend
+    before, _backend = _backend, _known(backend)
+    return before
+
+
+def _known(backend: Backend) -> Backend:
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, not {backend!r}")
+    return backend
 
 
 def frequency_dynamic(
@@ -18,6 +45,8 @@ def frequency_dynamic(
     shape: WeightShape,
     conv: Convolution | None,
     dtype: torch.dtype,
+    *,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Convolve each sample with its own weight, or multiply it, without a bias.
 
@@ -29,15 +58,122 @@ def frequency_dynamic(
         shape: of the weight.
         conv: what the weight is used in; None for a linear layer.
         dtype: of the weight where it is used, unless autocast is on and has its own.
+        backend: for this call; the one of `set_backend` if None.
 
     Returns:
         `(B, C_out, H', W')` or `(B, ..., C_out)`.
+
+    Raises:
+        ValueError: there is no such backend, or Triton was asked for and cannot serve: no device for it, or float64.
     """
     device = x.device.type
     if torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x = x.to(dtype)
-    if x.dtype == dtype and sample_loop.serves(x, spectra, factors, conv):
-        return sample_loop.apply(x, spectra, frequency_group, factors, shape, conv)
-    # In the layer's dtype, so that an input of another one is refused as PyTorch's own layers refuse it.
-    return per_sample(x, sample_weights(spectra, frequency_group, factors, shape).to(dtype), conv)
+    backend = _backend if backend is None else _known(backend)
+    with without_autocast(x.device):
+        if _triton_serves(x, spectra, backend):
+            make = partial(_triton_weights, frequency_group=frequency_group, shape=shape, dtype=dtype)
+            convolve = _triton_per_sample if _triton_convolves(shape, conv) else per_sample
+        elif x.dtype == dtype and sample_loop.serves(x, spectra, factors):
+            return sample_loop.apply(x, spectra, frequency_group, factors, shape, conv)
+        else:
+            make = partial(_torch_weights, frequency_group=frequency_group, shape=shape, dtype=dtype)
+            convolve = per_sample
+        # In the layer's dtype, so that an input of another one is refused as PyTorch's own layers refuse it.
+        if x.dtype == dtype and factors.batch > 1 and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            recomputed: Tensor = _Recomputed.apply(make, convolve, conv, x, spectra, *factors)  # type: ignore[no-untyped-call]
+            return recomputed
+        return convolve(x, make(spectra, *factors), conv)
+
+
+def _torch_weights(
+    spectra: Tensor, *factors: Tensor | None, frequency_group: Tensor, shape: WeightShape, dtype: torch.dtype
+) -> Tensor:
+    return sample_weights(spectra, frequency_group, Factors(*factors), shape).to(dtype)
+
+
+def _triton_serves(x: Tensor, spectra: Tensor, backend: Backend) -> bool:
+    able = triton_kernels.available(x.device) and spectra.dtype == torch.float32
+    if backend == "triton" and not able:
+        raise ValueError(
+            f"the backend triton does not serve a {spectra.dtype} layer on {x.device}: it needs Triton, an NVIDIA GPU "
+            "and less than float64"
+        )
+    return able and (backend == "triton" or (backend == "auto" and x.device.type == "cuda"))
+
+
+def _triton_weights(
+    spectra: Tensor, *given: Tensor | None, frequency_group: Tensor, shape: WeightShape, dtype: torch.dtype
+) -> Tensor:
+    factors = Factors(*given)
+    if factors.kernel is None:
+        scaled = spectra.sum(0, keepdim=True) * shape.scale
+    else:
+        scaled = triton_kernels.scale_spectrum(spectra, frequency_group, factors.kernel, shape.scale)
+    image = torch.fft.irfft2(torch.view_as_complex(scaled), s=(scaled.shape[1], shape.width))
+    return triton_kernels.modulate(
+        image.expand(factors.batch, -1, -1),
+        factors.context,
+        factors.taps,
+        factors.channel,
+        factors.filter,
+        factors.spatial,
+        kernel_size=shape.kernel_size,
+        groups=shape.groups,
+        activation=shape.activation,
+        dtype=dtype,
+    )
+
+
+def _triton_convolves(shape: WeightShape, conv: Convolution | None) -> bool:
+    """Dense convolutions of more than one position; anything else is a matrix product, or too thin for one."""
+    return conv is not None and conv.groups == 1 and shape.kernel_size != (1, 1)
+
+
+def _triton_per_sample(x: Tensor, weight: Tensor, conv: Convolution | None) -> Tensor:
+    assert conv is not None
+    return triton_kernels.conv2d_per_sample(x, weight, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+class _Recomputed(torch.autograd.Function):
+    """Convolve with weights that are forgotten, and made once more for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, make: Any, convolve: Any, conv: Convolution | None, x: Tensor, *rest: Tensor | None
+    ) -> Tensor:
+        ctx.make, ctx.conv = make, conv
+        ctx.save_for_backward(x, *rest)
+        result: Tensor = convolve(x, make(*rest), conv)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, *rest = ctx.saved_tensors
+        wanted = [position for position, need in enumerate(ctx.needs_input_grad[3:]) if need]
+        with without_autocast(x.device):
+            if torch.is_grad_enabled():  # somebody will differentiate the gradients, which fused kernels cannot
+                weight = _torch_weights(*rest, **ctx.make.keywords)
+                inputs = [x, *rest]
+                y = per_sample(x, weight, ctx.conv)
+                found = list(torch.autograd.grad(y, [inputs[i] for i in wanted], grad, create_graph=True))
+            else:
+                found = _recomputed_gradients(ctx.make, ctx.conv, grad, x, rest, wanted)
+        gradients = dict(zip(wanted, found, strict=True))
+        return (None, None, None, *(gradients.get(position) for position in range(1 + len(rest))))
+
+
+def _recomputed_gradients(
+    make: Any, conv: Convolution | None, grad: Tensor, x: Tensor, rest: list[Tensor | None], wanted: list[int]
+) -> list[Tensor]:
+    """Gradients to those of `[x, *rest]` that are wanted."""
+    with torch.enable_grad():
+        leaves = [None if one is None else one.detach() for one in rest]
+        behind = [leaf for i in wanted if i and (leaf := leaves[i - 1]) is not None]
+        for leaf in behind:
+            leaf.requires_grad_()
+        weight = make(*leaves)
+    to_x, to_weight = per_sample_backward(grad, x, weight.detach(), conv)
+    found = list(torch.autograd.grad(weight, behind, to_weight)) if behind else []
+    return [to_x, *found] if 0 in wanted else found

@@ -264,16 +264,22 @@ class FDConv2d(FrequencyDynamic, nn.Conv2d):  # type: ignore[misc, override]  # 
         self._hand_over(conv)
         return conv
 
+    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """The input with the padding that a convolution cannot do itself, and the one that it can."""
+        left, right, top, bottom = self._reversed_padding_repeated_twice
+        if self.padding_mode != "zeros":
+            return nn.functional.pad(x, (left, right, top, bottom), mode=self.padding_mode), (0, 0)
+        if (left, top) == (right, bottom):
+            return x, (top, left)
+        return nn.functional.pad(x, (left, right, top, bottom)), (0, 0)  # "same" with a kernel of even size
+
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 3:  # not self.forward: a subclass that prepares its input has done so by now
             return FDConv2d.forward(self, x.unsqueeze(0)).squeeze(0)
         context = self._context(x)
         if self.FBM is not None:
             x = self.FBM(x)
-        padding: tuple[int, ...] | str = self.padding
-        if self.padding_mode != "zeros":
-            x = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = (0, 0)
+        x, padding = self._padded(x)
         return self._apply_weights(context, x, Convolution(self.stride, padding, self.dilation, self.groups))
 
 

@@ -16,7 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .composite import Convolution, WeightShape, channel_windows, global_factors, per_sample, sample_weights
+from .composite import (
+    Convolution,
+    WeightShape,
+    channel_windows,
+    global_factors,
+    per_sample,
+    per_sample_backward,
+    sample_weights,
+)
 from .modulation import Factors
 
 CHUNK = 2**19
@@ -31,7 +39,7 @@ def chunk_size(shape: WeightShape, batch: int) -> int:
     return max(1, min(batch, CHUNK // shape.numel))
 
 
-def serves(x: Tensor, spectra: Tensor, factors: Factors, conv: Convolution | None) -> bool:
+def serves(x: Tensor, spectra: Tensor, factors: Factors) -> bool:
     """True if this path takes the call: real CPU tensors, a weight for every sample, and nobody who traces."""
     return (
         x.device.type == "cpu"
@@ -39,7 +47,6 @@ def serves(x: Tensor, spectra: Tensor, factors: Factors, conv: Convolution | Non
         and type(x) is Tensor
         and x.shape[0] > 0
         and bool(factors.per_sample)
-        and not (conv is not None and isinstance(conv.padding, str))
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -249,7 +256,7 @@ def _backward(
         chunk = factors.of(part)
         images = _images(source, chunk, shape)
         weights = _weights(images, chunk, shape).to(x.dtype)
-        to_part, to_weights = _convolution_backward(grad[part], x[part], weights, conv)
+        to_part, to_weights = per_sample_backward(grad[part], x[part], weights, conv)
         to_x.append(to_part)
         to_weights = to_weights.to(spectra.dtype)
         to_images, found = _modulation_backward(to_weights, images, chunk, shape, to_taps)
@@ -258,32 +265,6 @@ def _backward(
             if whole is not None and own is not None:
                 whole[part] = own
     return [_joined(to_x), to_spectra, None, *to_factors, to_taps]
-
-
-def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, conv: Convolution | None) -> tuple[Tensor, Tensor]:
-    """Gradients of `per_sample` to the input and to the weight."""
-    if conv is None:
-        rows, weight = x.reshape(len(x), -1, x.shape[-1]), weight[..., 0, 0]
-        grad = grad.reshape(len(x), -1, grad.shape[-1])
-        return (grad @ weight).view(x.shape), (grad.transpose(1, 2) @ rows)[..., None, None]
-    batch, out_channels, in_channels, *kernel = weight.shape
-    if kernel == [1, 1] and conv.groups == 1 and tuple(conv.stride) == (1, 1) and tuple(conv.padding) == (0, 0):
-        rows, weight, columns = grad.flatten(2), weight[..., 0, 0], x.flatten(2)
-        return (weight.transpose(1, 2) @ rows).view(x.shape), (rows @ columns.transpose(1, 2))[..., None, None]
-    to_x, to_weight, _ = torch.ops.aten.convolution_backward(
-        grad.reshape(1, -1, *grad.shape[2:]),
-        x.reshape(1, -1, *x.shape[2:]),
-        weight.view(batch * out_channels, in_channels, *kernel),
-        None,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        False,
-        [0, 0],
-        conv.groups * batch,
-        [True, True, False],
-    )
-    return to_x.view(x.shape), to_weight.view(weight.shape)
 
 
 def _modulation_backward(
