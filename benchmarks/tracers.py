@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from dataclasses import replace
 from datetime import date
 from typing import Any
 
@@ -39,7 +40,8 @@ def measure(spec: str) -> dict[str, Any]:
             row[tracer] = "refuses"
             row[f"{tracer}_reason"] = str(error).partition(": ")[2][:200]
         else:
-            differ = [a.name for a, b in zip(recorded.sites, seen.sites, strict=True) if a != b]
+            pairs = zip(recorded.sites, seen.sites, strict=True)
+            differ = [a.name for a, b in pairs if replace(a, obstacle=None) != replace(b, obstacle=None)]
             row[tracer] = "other" if differ else "same"
             if differ:
                 row[f"{tracer}_reason"] = f"{len(differ)} sites differ, {differ[0]} first"
@@ -62,7 +64,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     same = sum(row.get(tracer) == "same" for row in rows for tracer in ("fx", "timm", "export"))
     lines += [
         "",
-        f"Of {same + len(others)} graphs, {same} show the sites, roles and obstacles of the recorded forward.",
+        f"Of {same + len(others)} graphs, {same} show the sites and roles of the recorded forward.",
     ]
     if others:
         lines += ["", "| model | tracer | |", "|---|---|---|"]

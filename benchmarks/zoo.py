@@ -92,8 +92,9 @@ def smallest_timm_models() -> dict[str, str]:
 
 
 def build(spec: str) -> Any:
-    """The model of a SPEC; a transformers class with at most two layers in each stack."""
-    from fdsurgery import sources
+    """The model of a SPEC; a transformers class with at most two layers in each stack, if it runs like that."""
+    from fdsurgery import DiscoveryError, sources
+    from fdsurgery.discovery import observe
 
     library, _, name = spec.partition(":")
     if library != "transformers":
@@ -101,7 +102,12 @@ def build(spec: str) -> Any:
     import transformers
 
     model_class = getattr(transformers, name)
-    return model_class(shallow(model_class.config_class()))
+    try:
+        model = model_class(shallow(model_class.config_class())).eval()
+        observe(model)
+        return model
+    except (DiscoveryError, ValueError, TypeError, IndexError):
+        return model_class(model_class.config_class())  # some read the features of layers by their numbers
 
 
 def shallow(config: Any) -> Any:

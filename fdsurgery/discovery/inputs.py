@@ -224,6 +224,8 @@ def _for_transformers(model: nn.Module, config: Any, make: _Maker) -> Iterator[I
     frames = _setting(config, ("num_frames", "frames_per_clip"))
     main = str(model.main_input_name)
     name = next((key for key in ("pixel_values", "pixel_values_videos") if key in takes), main)
+    if frames is None and name == "pixel_values_videos":
+        frames = 2
     for image_channels, size in product(channels, _unique([own, *_SIZES])):
         shape = (image_channels, *_pair(size))
         companions = _companions(model, takes, make)

@@ -1,0 +1,115 @@
+"""What the benches share: interleaved timing, peak memory, and the facts that a figure is worthless without."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(calls: dict[str, Callable[[], Any]], device: torch.device, seconds: float) -> dict[str, float]:
+    """Median milliseconds of each call, run in turns so that a slow spell of the machine hits all of them.
+
+    Args:
+        calls: what to time, by name.
+        device: waited for after each call.
+        seconds: about how long to go on, but for at least three turns after one to warm up.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+        call()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(taken.values()))) < 3:
+        for name, call in calls.items():
+            _wait(device)
+            start = time.perf_counter()
+            call()
+            _wait(device)
+            taken[name].append((time.perf_counter() - start) * 1e3)
+    return {name: median(times) for name, times in taken.items()}
+
+
+def peak_memory(call: Callable[[], Any], device: torch.device) -> float:
+    """MiB at the peak of one call; on a CPU of this process in all its life, so that it needs one of its own."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() / 2**20
+    call()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if platform.system() == "Linux" else 2**20)
+
+
+def call_of(model: nn.Module, x: Tensor, mode: str) -> Callable[[], Any]:
+    """One inference, or one forward and backward pass."""
+    if mode == "inference":
+        model.eval()
+
+        def infer() -> Any:
+            with torch.inference_mode():
+                return model(x)
+
+        return infer
+    model.train()
+
+    def step() -> Any:
+        model.zero_grad()
+        output = model(x)
+        output = getattr(output, "logits", output)
+        output.float().square().mean().backward()
+
+    return step
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Machine, versions, commit and date."""
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "date": date.today().isoformat(),
+    }
+
+
+def write(name: str, device: torch.device, rows: list[dict[str, Any]], table: str) -> None:
+    """Keep rows as JSON with the environment, and their table as Markdown."""
+    RESULTS.mkdir(exist_ok=True)
+    stem = f"{name}-{device.type}"
+    content = {"environment": environment(device), "rows": rows}
+    (RESULTS / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    facts = environment(device)
+    head = f"Measured on {facts['date']}: {facts['device']}, {facts['threads']} threads, torch {facts['torch']}.\n\n"
+    (RESULTS / f"{stem}.md").write_text(head + table, encoding="utf-8")
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
