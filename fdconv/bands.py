@@ -30,15 +30,16 @@ def fourier_basis(size: int, highest: int, device: torch.device, dtype: torch.dt
     Returns:
         `(size, 1 + 2*highest)`.
     """
-    frequency = torch.arange(1, highest + 1, device=device)
-    # The phase is reduced in integers: at large sizes a product of floats would lose digits.
+    column = torch.arange(1 + 2 * highest, device=device)
+    frequency = (column + 1) // 2
+    # The phase is reduced in integers: at large sizes a product of floats would lose digits. A sine is a cosine a
+    # quarter turn later.
     phase = torch.arange(size, device=device)[:, None] * frequency % size
-    angle = phase.to(exact_dtype(device)) * (2 * torch.pi / size)
+    sine = (column > 0) & (column % 2 == 0)
+    angle = (4 * phase - size * sine).to(exact_dtype(device)) * (torch.pi / (2 * size))
     # The highest frequency of an even size has no sine, and its cosine is twice as long.
-    length = torch.where(2 * frequency == size, 1.0, 2.0).to(angle.dtype).sqrt()
-    waves = torch.stack([angle.cos(), angle.sin()], dim=-1) * length[:, None]
-    basis = F.pad(waves.flatten(1), (1, 0), value=1.0) * size**-0.5
-    return basis.to(dtype)
+    twice = (frequency > 0) & (2 * frequency != size)
+    return (angle.cos() * ((1 + twice.to(angle.dtype)) / size).sqrt()).to(dtype)
 
 
 @lru_cache(maxsize=64)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from reference import TOLERANCES, assert_close, fdconv2d_reference, fdlinear_reference, randomise_, relative_error
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from fdconv import FDConfig, FDConv2d, FDLinear
@@ -733,3 +734,28 @@ def test_running_statistics_follow_in_low_precision() -> None:
         assert low.dtype == torch.float16
         assert_close(low.float(), full, "float16")
     assert half.KSM_Global.bn.num_batches_tracked == layer.KSM_Global.bn.num_batches_tracked
+
+
+def test_batches_and_sizes_that_change_recompile_twice_at_most() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    layer = FDConv2d(6, 8, 3, padding=1).eval()
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        for shape in ((2, 32, 32), (3, 32, 32), (5, 32, 32), (4, 48, 48), (7, 64, 64), (3, 33, 33)):
+            x = torch.randn(shape[0], 6, *shape[1:])
+            assert_close(compiled(x), layer(x), "same-float32")
+    assert counter.frame_count <= 3
+
+
+@pytest.mark.slow
+def test_inductor_takes_sizes_that_change() -> None:
+    torch._dynamo.reset()
+    layer = FDConv2d(6, 8, 3, padding=1).eval()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for shape in ((2, 32, 32), (5, 48, 40)):
+            x = torch.randn(shape[0], 6, *shape[1:])
+            assert (compiled(x) - layer(x)).norm() / layer(x).norm() < 1e-5
