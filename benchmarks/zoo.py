@@ -104,10 +104,12 @@ def build(spec: str) -> Any:
     model_class = getattr(transformers, name)
     try:
         model = model_class(shallow(model_class.config_class())).eval()
-        observe(model)
-        return model
+        *_, output = observe(model).graph.nodes
+        if output.all_input_nodes:  # a backbone whose last layer is gone returns nothing
+            return model
     except (DiscoveryError, ValueError, TypeError, IndexError):
-        return model_class(model_class.config_class())  # some read the features of layers by their numbers
+        pass
+    return model_class(model_class.config_class())  # some read the features of layers by their numbers
 
 
 def shallow(config: Any) -> Any:
@@ -221,7 +223,9 @@ def gradients(model: Any, inputs: Any) -> str:
     tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
     if not tensors:
         return "none"
-    sum(tensor.float().square().mean() for tensor in tensors).backward()  # type: ignore[union-attr]
+    # Random weights may blow activations up, and gradients with their square.
+    scaled = [tensor.float() / tensor.detach().float().abs().mean().clamp_min(1) for tensor in tensors]
+    sum(tensor.square().mean() for tensor in scaled).backward()  # type: ignore[union-attr]
     got = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     return "finite" if got and all(bool(gradient.isfinite().all()) for gradient in got) else "not finite"
 
@@ -304,13 +308,24 @@ def table(rows: list[dict[str, Any]]) -> str:
     finds -= sum(row.get("generic_finds", 0) for row in rows if row.get("recipe") == "generic")
     if swaps:
         lines += ["", f"Of the {swaps} swaps of curated recipes, `generic` finds {finds} ({finds / swaps:.1%})."]
-    lines += ["", "| model | recipe | swaps | added | error | gradients | features_only | compile | seconds | |"]
-    lines += ["|---|---|---|---|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| model | sites by role | recipe | swaps | added | error | gradients | features_only | compile | s | |",
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|---|---|---|"]
     for row in rows:
         error = f"{row['error']:.0e}" if "error" in row else ""
         error += f" (float64: {row['error_float64']:.0e})" if "error_float64" in row else ""
         note = "" if row["status"] == "converted" else f"{row['status']}: {row.get('reason', '')}".replace("|", "/")
-        cells = [row["model"], row.get("recipe", ""), row.get("swaps", ""), row.get("parameters_added", ""), error]
+        roles = ", ".join(f"{count} {role}" for role, count in row.get("roles", {}).items())
+        cells = [
+            row["model"],
+            roles,
+            row.get("recipe", ""),
+            row.get("swaps", ""),
+            row.get("parameters_added", ""),
+            error,
+        ]
         cells += [row.get(key, "") for key in ("gradients", "features_only", "compile", "seconds")]
         lines += ["| " + " | ".join(str(cell).replace("|", "/") for cell in [*cells, note]) + " |"]
     return "\n".join(lines) + "\n"

@@ -30,6 +30,8 @@ class Verification:
         return self.relative_error <= self.tolerance
 
     def __str__(self) -> str:
+        if not self.outputs:
+            return "nothing to compare: the model returned no floating-point tensor for these inputs"
         verdict = "unchanged" if self.ok else "CHANGED"
         return (
             f"outputs {verdict}: relative error {self.relative_error:.1e} over {self.outputs} tensor(s), "
@@ -47,10 +49,10 @@ def verify(model_before: nn.Module, model_after: nn.Module, inputs: Any, toleran
         tolerance: largest relative error that passes.
 
     Returns:
-        The measurement; its `ok` is the verdict. Modes and random state are as before.
+        The measurement; its `ok` is the verdict, which is no where nothing can be compared. Modes and random state are as before.
     """
     before, after = _outputs(model_before, inputs), _outputs(model_after, inputs)
-    error = 0.0 if len(before) == len(after) else float("inf")
+    error = 0.0 if before and len(before) == len(after) else float("inf")
     for expected, actual in zip(before, after, strict=False):
         error = max(error, relative_error(actual, expected))
     return Verification(error, tolerance, len(before))

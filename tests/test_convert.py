@@ -445,3 +445,12 @@ def test_settling_leaves_nothing_degenerate() -> None:
     fdsurgery.settle_(model, torch.randn(2, 3, 64, 64))
     assert all(parameter.std() > 0 for parameter in model.parameters())
     assert not model.training and all(buffer.any() for buffer in model.buffers())
+
+
+def test_nothing_to_compare_is_no_success() -> None:
+    class Empty(nn.Module):
+        def forward(self, x: Tensor) -> tuple[()]:
+            return ()
+
+    checked = fdsurgery.verify(Empty(), Empty(), torch.ones(1))
+    assert not checked.ok and "nothing to compare" in str(checked)
