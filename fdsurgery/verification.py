@@ -49,7 +49,8 @@ def verify(model_before: nn.Module, model_after: nn.Module, inputs: Any, toleran
         tolerance: largest relative error that passes.
 
     Returns:
-        The measurement; its `ok` is the verdict, which is no where nothing can be compared. Modes and random state are as before.
+        The measurement; its `ok` is the verdict, which is no where nothing can be compared. Modes and random state are
+        as before.
     """
     before, after = _outputs(model_before, inputs), _outputs(model_after, inputs)
     error = 0.0 if before and len(before) == len(after) else float("inf")

@@ -449,7 +449,7 @@ def test_settling_leaves_nothing_degenerate() -> None:
 
 def test_nothing_to_compare_is_no_success() -> None:
     class Empty(nn.Module):
-        def forward(self, x: Tensor) -> tuple[()]:
+        def forward(self, x: torch.Tensor) -> tuple[()]:
             return ()
 
     checked = fdsurgery.verify(Empty(), Empty(), torch.ones(1))
