@@ -81,7 +81,7 @@ def frequency_dynamic(
             make = partial(_torch_weights, frequency_group=frequency_group, shape=shape, dtype=dtype)
             convolve = per_sample
         # In the layer's dtype, so that an input of another one is refused as PyTorch's own layers refuse it.
-        if x.dtype == dtype and factors.batch > 1 and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if x.dtype == dtype and factors.batch > 1 and torch.is_grad_enabled() and not sample_loop.is_transformed():
             recomputed: Tensor = _Recomputed.apply(make, convolve, conv, x, spectra, *factors)  # type: ignore[no-untyped-call]
             return recomputed
         return convolve(x, make(spectra, *factors), conv)

@@ -47,10 +47,17 @@ def serves(x: Tensor, spectra: Tensor, factors: Factors) -> bool:
         and type(x) is Tensor
         and x.shape[0] > 0
         and bool(factors.per_sample)
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch.utils._python_dispatch._get_current_dispatch_mode() is None
+        and not is_transformed()
+    )
+
+
+def is_transformed() -> bool:
+    """True where somebody traces or transforms what is called, and wants to see differentiable operations of torch."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.utils._python_dispatch._get_current_dispatch_mode() is not None
     )
 
 

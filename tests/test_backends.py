@@ -63,6 +63,21 @@ def test_torch_without_the_loop_recomputes(monkeypatch: pytest.MonkeyPatch) -> N
     assert sum(kept.values()) < 3 * 64 * 64 * 9, "the spectrum and its groups, not the weights of eight samples"
 
 
+def test_function_transforms_work() -> None:
+    build, shape = CASES["3x3"]
+    layer, x = randomised(build().double()).eval(), torch.randn(shape, dtype=torch.float64)
+    parameters = dict(layer.named_parameters())
+
+    def loss(values: dict[str, torch.Tensor]) -> torch.Tensor:
+        y: torch.Tensor = torch.func.functional_call(layer, values, (x,))
+        return y.square().sum()
+
+    found = torch.func.grad(loss)(parameters)
+    layer(x).square().sum().backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(found[name], parameter.grad)
+
+
 def test_an_unknown_backend_is_told_the_known_ones() -> None:
     with pytest.raises(ValueError, match="must be one of auto, torch, triton, not 'cuda'"):
         fdconv.set_backend("cuda")  # type: ignore[arg-type]
