@@ -91,9 +91,9 @@ def write(name: str, device: torch.device, rows: list[dict[str, Any]], table: st
     """Keep rows as JSON with the environment, and their table as Markdown."""
     RESULTS.mkdir(exist_ok=True)
     stem = f"{name}-{device.type}"
-    content = {"environment": environment(device), "rows": rows}
-    (RESULTS / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     facts = environment(device)
+    content = {"environment": facts, "rows": rows}
+    (RESULTS / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     head = f"Measured on {facts['date']}: {facts['device']}, {facts['threads']} threads, torch {facts['torch']}.\n\n"
     (RESULTS / f"{stem}.md").write_text(head + table, encoding="utf-8")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -84,15 +85,6 @@ def scaled_spectra(spectra: Tensor, frequency_group: Tensor, kernel: Tensor | No
     return torch.view_as_complex(scaled[:, 0] if len(spectra) == 1 else scaled.sum(1))
 
 
-def local_logits(factors: Factors, shape: WeightShape) -> Tensor:
-    """The short filters slid along the channel axis: `(B, groups, C_out/groups*k_h*k_w, C_in/groups)`.
-
-    An output channel of a grouped convolution sees the channels of its group only.
-    """
-    assert factors.context is not None and factors.taps is not None
-    return factors.taps.unflatten(0, (shape.groups, -1)) @ channel_windows(factors, shape)
-
-
 def channel_windows(factors: Factors, shape: WeightShape) -> Tensor:
     """What the short filters see of the context: `(B, groups, taps, C_in/groups)`."""
     assert factors.context is not None and factors.taps is not None
@@ -102,8 +94,12 @@ def channel_windows(factors: Factors, shape: WeightShape) -> Tensor:
 
 
 def local_gate(factors: Factors, shape: WeightShape) -> Tensor:
-    """The factors of the local branch, `(B, C_out, k_h, k_w, C_in/groups)`."""
-    logits = local_logits(factors, shape)
+    """The factors of the local branch, `(B, C_out, k_h, k_w, C_in/groups)`: short filters slide along the channels.
+
+    An output channel of a grouped convolution sees the channels of its group only.
+    """
+    assert factors.taps is not None
+    logits = factors.taps.unflatten(0, (shape.groups, -1)) @ channel_windows(factors, shape)
     return gate(logits, shape.activation).view(-1, shape.out_channels, *shape.kernel_size, shape.in_channels)
 
 
@@ -130,8 +126,26 @@ def global_factors(factors: Factors, shape: WeightShape) -> list[Tensor]:
 def per_sample(x: Tensor, weight: Tensor, conv: Convolution | None) -> Tensor:
     """Convolve with a weight for every sample, or without a `Convolution` multiply: see the two functions below."""
     if conv is None:
-        return linear_per_sample(x, weight[..., 0, 0], None)
-    return conv2d_per_sample(x, weight, None, *conv)
+        return linear_per_sample(x, weight[..., 0, 0])
+    return conv2d_per_sample(x, weight, *conv)
+
+
+def differentiable_gradients(
+    grad: Tensor,
+    x: Tensor,
+    spectra: Tensor,
+    frequency_group: Tensor,
+    factors: Factors,
+    shape: WeightShape,
+    conv: Convolution | None,
+    wanted: Sequence[Tensor],
+) -> list[Tensor]:
+    """Gradients to those of the inputs that are wanted, from that to the result, to be differentiated once more.
+
+    The backward passes of the faster paths call it where somebody asks for second derivatives, which they do not have.
+    """
+    y = per_sample(x, sample_weights(spectra, frequency_group, factors, shape).to(x.dtype), conv)
+    return list(torch.autograd.grad(y, wanted, grad, create_graph=True))
 
 
 def per_sample_backward(grad: Tensor, x: Tensor, weight: Tensor, conv: Convolution | None) -> tuple[Tensor, Tensor]:
@@ -140,14 +154,14 @@ def per_sample_backward(grad: Tensor, x: Tensor, weight: Tensor, conv: Convoluti
         rows, weight = x.reshape(len(x), -1, x.shape[-1]), weight[..., 0, 0]
         grad = grad.reshape(len(x), -1, grad.shape[-1])
         return (grad @ weight).view(x.shape), (grad.transpose(1, 2) @ rows)[..., None, None]
-    batch, out_channels, in_channels, *kernel = weight.shape
-    if kernel == [1, 1] and conv.groups == 1 and tuple(conv.stride) == (1, 1) and tuple(conv.padding) == (0, 0):
+    batch, kernel = x.shape[0], tuple(weight.shape[3:])
+    if kernel == (1, 1) and conv.groups == 1 and tuple(conv.stride) == (1, 1) and tuple(conv.padding) == (0, 0):
         rows, weight, columns = grad.flatten(2), weight[..., 0, 0], x.flatten(2)
         return (weight.transpose(1, 2) @ rows).view(x.shape), (rows @ columns.transpose(1, 2))[..., None, None]
     to_x, to_weight, _ = torch.ops.aten.convolution_backward(
         grad.reshape(1, -1, *grad.shape[2:]),
         x.reshape(1, -1, *x.shape[2:]),
-        weight.view(batch * out_channels, in_channels, *kernel),
+        weight.flatten(0, 1),
         None,
         conv.stride,
         conv.padding,
@@ -163,55 +177,48 @@ def per_sample_backward(grad: Tensor, x: Tensor, weight: Tensor, conv: Convoluti
 def conv2d_per_sample(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
     stride: tuple[int, ...],
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
     groups: int,
 ) -> Tensor:
-    """`F.conv2d` with a weight for every sample.
+    """`F.conv2d` with a weight for every sample, without bias.
 
     Args:
         x: `(B, C_in, H, W)`.
         weight: `(B, C_out, C_in/groups, k_h, k_w)`, or `(1, ...)` to share one weight.
-        bias: `(C_out,)` or None; the other arguments as in `F.conv2d`.
+        stride: as the other arguments, what `F.conv2d` takes.
 
     Returns:
         `(B, C_out, H', W')`.
     """
     batch = x.shape[0]  # not len(x), which torch.export takes for a constant
     if batch == 0:  # the sum is a zero weight through which gradients flow
-        return F.conv2d(x, weight.sum(0), bias, stride, padding, dilation, groups)
+        return F.conv2d(x, weight.sum(0), None, stride, padding, dilation, groups)
     if weight.shape[0] == 1:
-        return F.conv2d(x, weight[0], bias, stride, padding, dilation, groups)
+        return F.conv2d(x, weight[0], None, stride, padding, dilation, groups)
     out_channels, _, k_h, k_w = weight.shape[1:]
     if (k_h, k_w) == (1, 1) and padding == (0, 0):
         x = x[:, :, :: stride[0], :: stride[1]]
         columns = x.reshape(batch, groups, -1, x.shape[-2] * x.shape[-1])
         y = weight.reshape(batch, groups, out_channels // groups, -1) @ columns
-        y = y.reshape(batch, out_channels, *x.shape[-2:])
-    else:
-        y = F.conv2d(
-            x.reshape(1, -1, *x.shape[-2:]), weight.flatten(0, 1), None, stride, padding, dilation, groups * batch
-        )
-        y = y.view(batch, out_channels, *y.shape[-2:])
-    return y if bias is None else y + bias.to(y.dtype).view(-1, 1, 1)
+        return y.reshape(batch, out_channels, *x.shape[-2:])
+    y = F.conv2d(x.reshape(1, -1, *x.shape[-2:]), weight.flatten(0, 1), None, stride, padding, dilation, groups * batch)
+    return y.view(batch, out_channels, *y.shape[-2:])
 
 
-def linear_per_sample(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` with a weight for every sample.
+def linear_per_sample(x: Tensor, weight: Tensor) -> Tensor:
+    """`F.linear` with a weight for every sample, without bias.
 
     Args:
         x: `(B, ..., C_in)`.
         weight: `(B, C_out, C_in)`, or `(1, C_out, C_in)` to share one weight.
-        bias: `(C_out,)` or None.
 
     Returns:
         `(B, ..., C_out)`.
     """
     if weight.shape[0] == 1:
-        return F.linear(x, weight[0], bias)
+        return F.linear(x, weight[0])
     # All positions on one axis, of length 1 for `(B, C_in)`; a reshape with -1 fails on an empty batch.
     y = x.unsqueeze(1).flatten(1, -2) @ weight.transpose(1, 2)
-    y = y.reshape(*x.shape[:-1], weight.shape[1])
-    return y if bias is None else y + bias.to(y.dtype)
+    return y.reshape(*x.shape[:-1], weight.shape[1])

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from . import sample_loop, triton_kernels
-from .composite import Convolution, WeightShape, per_sample, per_sample_backward, sample_weights
+from .composite import (
+    Convolution,
+    WeightShape,
+    differentiable_gradients,
+    per_sample,
+    per_sample_backward,
+    sample_weights,
+)
 from .modulation import Factors
 from .precision import without_autocast
 
@@ -153,11 +160,11 @@ class _Recomputed(torch.autograd.Function):
         x, *rest = ctx.saved_tensors
         wanted = [position for position, need in enumerate(ctx.needs_input_grad[3:]) if need]
         with without_autocast(x.device):
-            if torch.is_grad_enabled():  # somebody will differentiate the gradients, which fused kernels cannot
-                weight = _torch_weights(*rest, **ctx.make.keywords)
-                inputs = [x, *rest]
-                y = per_sample(x, weight, ctx.conv)
-                found = list(torch.autograd.grad(y, [inputs[i] for i in wanted], grad, create_graph=True))
+            if torch.is_grad_enabled():  # somebody will differentiate the gradients
+                spectra, *given = rest
+                group, shape = ctx.make.keywords["frequency_group"], ctx.make.keywords["shape"]
+                inputs = [[x, *rest][i] for i in wanted]
+                found = differentiable_gradients(grad, x, spectra, group, Factors(*given), shape, ctx.conv, inputs)
             else:
                 found = _recomputed_gradients(ctx.make, ctx.conv, grad, x, rest, wanted)
         gradients = dict(zip(wanted, found, strict=True))

@@ -20,10 +20,10 @@ from .composite import (
     Convolution,
     WeightShape,
     channel_windows,
+    differentiable_gradients,
     global_factors,
     per_sample,
     per_sample_backward,
-    sample_weights,
 )
 from .modulation import Factors
 
@@ -32,11 +32,6 @@ CHUNK = 2**19
 BLOCK = 2**20
 """Numbers that elementwise steps go through together: few enough for the shared cache, and many, for every step that
 is spread over the cores costs some microseconds."""
-
-
-def chunk_size(shape: WeightShape, batch: int) -> int:
-    """Number of samples whose weights are made at a time."""
-    return max(1, min(batch, CHUNK // shape.numel))
 
 
 def serves(x: Tensor, spectra: Tensor, factors: Factors) -> bool:
@@ -95,31 +90,22 @@ class _SampleLoop(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, spectra, group, *given = ctx.saved_tensors
+        x, spectra, group, *given = inputs = ctx.saved_tensors
+        factors = Factors(*given)
+        wanted = [position for position, need in enumerate(ctx.needs_input_grad[: len(inputs)]) if need]
         if torch.is_grad_enabled():  # somebody will differentiate the gradients
-            gradients = _differentiable_backward(ctx, x, spectra, group, Factors(*given), grad)
+            leaves = [inputs[position] for position in wanted]
+            found = differentiable_gradients(grad, x, spectra, group, factors, ctx.shape, ctx.conv, leaves)
+            gradients = dict(zip(wanted, found, strict=True))
         else:
-            gradients = _backward(x, spectra, group, Factors(*given), ctx.shape, ctx.conv, grad)
-        needed = ctx.needs_input_grad[: len(gradients)]
-        return (*(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), None, None)
-
-
-def _differentiable_backward(
-    ctx: Any, x: Tensor, spectra: Tensor, group: Tensor, factors: Factors, grad: Tensor
-) -> list[Tensor | None]:
-    inputs = [x, spectra, group, *factors]
-    wanted = [position for position, need in enumerate(ctx.needs_input_grad[: len(inputs)]) if need]
-    wanted_inputs = [tensor for position in wanted if (tensor := inputs[position]) is not None]
-    y = per_sample(x, sample_weights(spectra, group, factors, ctx.shape).to(x.dtype), ctx.conv)
-    found = torch.autograd.grad(y, wanted_inputs, grad, create_graph=True)
-    gradients: list[Tensor | None] = [None] * len(inputs)
-    for position, gradient in zip(wanted, found, strict=True):
-        gradients[position] = gradient
-    return gradients
+            every = _backward(x, spectra, group, factors, ctx.shape, ctx.conv, grad)
+            gradients = {position: gradient for position in wanted if (gradient := every[position]) is not None}
+        return (*(gradients.get(position) for position in range(len(inputs))), None, None)
 
 
 def _chunks(shape: WeightShape, batch: int) -> list[slice]:
-    step = chunk_size(shape, batch)
+    """The samples whose weights are made at a time."""
+    step = max(1, min(batch, CHUNK // shape.numel))
     return [slice(start, start + step) for start in range(0, batch, step)]
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .composite import Convolution, per_sample_backward
+
 try:
     import triton
     from triton import language as tl
@@ -787,28 +789,10 @@ def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _conv_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     stride, padding, dilation, groups = ctx.settings
-    samples = x.shape[0]
-    if samples == 0:
+    if x.shape[0] == 0:
         return torch.zeros_like(x), torch.zeros_like(weight), None, None, None, None
-    # All samples are groups of one convolution, which every backend knows how to differentiate.
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad.reshape(1, -1, *grad.shape[2:]),
-        x.reshape(1, -1, *x.shape[2:]),
-        weight.flatten(0, 1),
-        None,
-        stride,
-        padding,
-        dilation,
-        False,
-        [0, 0],
-        samples * groups,
-        [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False],
-    )
-    return (
-        None if grad_x is None else grad_x.view(x.shape),
-        None if grad_weight is None else grad_weight.view(weight.shape),
-        *(None,) * 4,
-    )
+    conv = Convolution(tuple(stride), tuple(padding), tuple(dilation), groups)
+    return (*per_sample_backward(grad, x, weight, conv), *(None,) * 4)
 
 
 # Registration --------------------------------------------------------------------------------------------------------
