@@ -6,16 +6,22 @@ sines on either axis: real matrix products, at any size. Source: FDConv (arXiv 2
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import band_loop
 from .config import FDConfig
+from .cpu import is_plain
 from .modulation import ZeroInit, gate
 from .precision import exact_dtype, fft_dtype, without_autocast
+
+T = TypeVar("T")
 
 
 def fourier_basis(size: int, highest: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -42,17 +48,33 @@ def fourier_basis(size: int, highest: int, device: torch.device, dtype: torch.dt
     return (angle.cos() * ((1 + twice.to(angle.dtype)) / size).sqrt()).to(dtype)
 
 
-@lru_cache(maxsize=64)
-def _cached_basis(size: int, highest: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):
-        return fourier_basis(size, highest, device, dtype)
+def ranks(height: int, width: int, k: int) -> tuple[int, int]:
+    """How many basis functions of rows and of columns a band keeps: all up to `1/(2k)` cycles a position."""
+    return 1 + 2 * (height // (2 * k)), 1 + 2 * (width // (2 * k))
 
 
-def _basis(size: int, highest: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    # Tensors made while tracing belong to the trace and must not outlive it.
-    if torch.compiler.is_compiling() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
-        return fourier_basis(size, highest, device, dtype)
-    return _cached_basis(size, highest, device, dtype)
+def axis_bases(height: int, width: int, k: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The bases of rows `(H, R)` and of columns `(W, S)` of a band, and of the narrower ones in their first columns."""
+    rows, columns = ranks(height, width, k)
+    return fourier_basis(height, rows // 2, device, dtype), fourier_basis(width, columns // 2, device, dtype)
+
+
+def flat_basis(
+    height: int, width: int, bands: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, list[int]]:
+    """One basis for both axes: products of their bases, those of the narrowest band first.
+
+    Returns:
+        `(H*W, N)`, and for each band how many of its columns are the band's.
+    """
+    rows, columns = axis_bases(height, width, bands[0], device, dtype)
+    products = (rows[:, None, :, None] * columns[:, None, :]).flatten(2).flatten(0, 1)
+    band = torch.zeros(rows.shape[1], columns.shape[1], dtype=torch.int64, device=device)
+    for k in bands:
+        kept_rows, kept_columns = ranks(height, width, k)
+        band[:kept_rows, :kept_columns] += 1
+    order = band.flatten().sort(descending=True, stable=True).indices
+    return products[:, order].contiguous(), [math.prod(ranks(height, width, k)) for k in bands]
 
 
 def low_passes(x: Tensor, bands: tuple[int, ...]) -> list[Tensor]:
@@ -68,39 +90,99 @@ def low_passes(x: Tensor, bands: tuple[int, ...]) -> list[Tensor]:
         A map of the shape and dtype of `x` for each band.
     """
     height, width = x.shape[-2:]
-    rows = _basis(height, height // (2 * bands[0]), x.device, x.dtype)
-    columns = _basis(width, width // (2 * bands[0]), x.device, x.dtype)
+    rows, columns = cached(axis_bases, height, width, bands[0], x.device, x.dtype)
     coefficients = rows.T @ (x @ columns)
     passed = []
     for k in bands:
-        n_rows, n_columns = 1 + 2 * (height // (2 * k)), 1 + 2 * (width // (2 * k))
+        n_rows, n_columns = ranks(height, width, k)
         kept = coefficients[..., :n_rows, :n_columns]
         passed.append(rows[:, :n_rows] @ (kept @ columns[:, :n_columns].T))
     return passed
 
 
-def interpolated_low_passes(x: Tensor, bands: tuple[int, ...]) -> list[Tensor]:
-    """The low-passes that official checkpoints were trained with: masks of a 64x64 map, stretched to this one.
+def interpolated_masks(
+    height: int, width: int, bands: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """The masks that official checkpoints were trained with: those of a 64x64 map, stretched to this one.
 
-    The stretch is by nearest neighbour in FFT order, so a mask may keep a frequency and drop its negative. It takes and
-    returns what `low_passes` does.
+    The stretch is by nearest neighbour in FFT order, so a mask may keep a frequency and drop its negative.
+
+    Returns:
+        `(bands, H, W//2 + 1)`, zeros and ones.
     """
-    height, width = x.shape[-2:]
     # In float32 whatever the default: there 0.25 + 1e-8 rounds to 0.25, and band 2 loses the frequency 1/4 itself.
-    row_frequency = torch.fft.fftfreq(64, device=x.device, dtype=torch.float32).abs()
-    column_frequency = torch.fft.rfftfreq(64, device=x.device, dtype=torch.float32)
+    row_frequency = torch.fft.fftfreq(64, device=device, dtype=torch.float32).abs()
+    column_frequency = torch.fft.rfftfreq(64, device=device, dtype=torch.float32)
     frequency = torch.maximum(row_frequency[:, None], column_frequency)
-    masks = torch.stack([(frequency < 0.5 / k + 1e-8).to(x.dtype) for k in bands])
-    masks = F.interpolate(masks.unsqueeze(0), size=(height, width // 2 + 1), mode="nearest")[0]
+    masks = torch.stack([(frequency < 0.5 / k + 1e-8).to(dtype) for k in bands])
+    return F.interpolate(masks.unsqueeze(0), size=(height, width // 2 + 1), mode="nearest")[0]
+
+
+def interpolated_low_passes(x: Tensor, bands: tuple[int, ...]) -> list[Tensor]:
+    """The low-passes that official checkpoints were trained with, by `interpolated_masks`; as `low_passes` else."""
+    masks = cached(interpolated_masks, *x.shape[-2:], bands, x.device, x.dtype)
     spectrum = torch.fft.rfft2(x)
-    return [torch.fft.irfft2(spectrum * mask, s=(height, width)) for mask in masks]
+    return [torch.fft.irfft2(spectrum * mask, s=x.shape[-2:]) for mask in masks]
+
+
+@lru_cache(maxsize=64)
+def _cached(make: Callable[..., T], *arguments: Any) -> T:
+    with torch.inference_mode(False):
+        return make(*arguments)
+
+
+def cached(make: Callable[..., T], *arguments: Any) -> T:
+    """What `make` gives for a size, kept for the next call of that size; the latest 64 are."""
+    # Tensors made while tracing belong to the trace and must not outlive it.
+    if torch.compiler.is_compiling() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
+        return make(*arguments)
+    return _cached(make, *arguments)
+
+
+def steps(logits: Tensor, config: FDConfig) -> Tensor:
+    """The factors of the input and of its low-passes, from the logits of the maps `A`.
+
+    The paper's sum over bands, rearranged so that no band has to be formed, is `A_1*x + sum_i (A_{i+1} - A_i)*L_i(x)`,
+    with the last `A` being 1 unless `band_lowfreq`.
+
+    Args:
+        logits: `(B, groups*maps, H, W)`.
+        config: the operator's settings.
+
+    Returns:
+        `(B*groups, 1 + bands, H, W)`.
+    """
+    logits = logits.unflatten(1, (config.band_groups, -1)).flatten(0, 1)
+    maps = gate(logits.movedim(1, -1), config.band_activation).movedim(-1, 1)
+    parts = [maps[:, :1], maps[:, 1:] - maps[:, :-1]]
+    return torch.cat(parts if config.band_lowfreq else [*parts, 1 - maps[:, -1:]], dim=1)
+
+
+def modulated(x: Tensor, weight: Tensor, bias: Tensor, config: FDConfig) -> Tensor:
+    """Weigh the bands of a feature map, in differentiable operations of torch.
+
+    Args:
+        x: `(B, C, H, W)`, float32 or float64.
+        weight: of the convolution that gives the maps' logits, `(groups*maps, C/groups, 3, 3)`.
+        bias: of it, `(groups*maps,)`.
+        config: the operator's settings.
+
+    Returns:
+        The shape and dtype of `x`.
+    """
+    factors = steps(F.conv2d(x, weight, bias, padding=1, groups=config.band_groups), config)
+    groups = x.unflatten(1, (config.band_groups, -1)).flatten(0, 1)
+    y = factors[:, :1] * groups
+    split = low_passes if config.band_mask == "exact" else interpolated_low_passes
+    for band, passed in enumerate(split(groups, config.bands), 1):
+        y = y + factors[:, band : band + 1] * passed
+    return y.unflatten(0, (-1, config.band_groups)).flatten(1, 2)
 
 
 class BandModulation(nn.Module):
     """FBM: `(B, C, H, W)` to the same shape; with neutral maps the input itself, exactly.
 
-    `y = A_1*x + sum_i (A_{i+1} - A_i)*L_i(x)`, with the last `A` being 1 unless `band_lowfreq`. This is the paper's sum
-    over bands, rearranged so that no band has to be formed. Raises `ValueError` if `band_groups` does not divide `C`.
+    Raises `ValueError` if `band_groups` does not divide `C`.
     """
 
     def __init__(
@@ -118,29 +200,11 @@ class BandModulation(nn.Module):
         maps = len(config.bands) + config.band_lowfreq
         self.freq_weight_conv_list = nn.ModuleList(ZeroInit(*shape, device=device, dtype=dtype) for _ in range(maps))
 
-    def maps(self, x: Tensor) -> Tensor:
-        """The maps `A` of `(B, C, H, W)`: `(B, groups, 1, H, W, maps)`, in the dtype of `x`; neutral 1."""
-        groups = self.config.band_groups
-        convs: Any = self.freq_weight_conv_list
-        weight = torch.stack([conv.weight for conv in convs], dim=1).flatten(0, 1)
-        bias = torch.stack([conv.bias for conv in convs], dim=1).flatten()
-        logits = F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), padding=1, groups=groups)
-        logits = logits.unflatten(1, (groups, 1, len(convs)))
-        return gate(logits.movedim(3, -1), self.config.band_activation)
-
     def forward(self, x: Tensor) -> Tensor:
-        config = self.config
-        split = low_passes if config.band_mask == "exact" else interpolated_low_passes
-
-        def in_groups(t: Tensor) -> Tensor:
-            return t.unflatten(1, (config.band_groups, -1))
-
         with without_autocast(x.device):
-            wide = x.to(fft_dtype(x.dtype))
-            maps = self.maps(wide).unbind(-1)  # wide as well: logits beyond float16's range make a softmax NaN
-            if not config.band_lowfreq:
-                maps = (*maps, torch.ones_like(maps[0]))
-            y = maps[0] * in_groups(wide)
-            for above, below, passed in zip(maps[:-1], maps[1:], split(wide, config.bands), strict=True):
-                y = y + (below - above) * in_groups(passed)
-            return y.flatten(1, 2).to(x.dtype)
+            wide = x.to(fft_dtype(x.dtype))  # the maps as well: logits beyond float16's range make a softmax NaN
+            convs: Any = self.freq_weight_conv_list
+            weight = torch.stack([conv.weight for conv in convs], dim=1).flatten(0, 1).to(wide.dtype)
+            bias = torch.stack([conv.bias for conv in convs], dim=1).flatten().to(wide.dtype)
+            modulate = band_loop.apply if is_plain(wide) else modulated
+            return modulate(wide, weight, bias, self.config).to(x.dtype)

@@ -17,6 +17,7 @@ from .composite import (
     per_sample_backward,
     sample_weights,
 )
+from .cpu import is_transformed
 from .modulation import Factors
 from .precision import without_autocast
 
@@ -74,7 +75,8 @@ def frequency_dynamic(
         ValueError: there is no such backend, or Triton was asked for and cannot serve: no device for it, or float64.
     """
     device = x.device.type
-    if torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    autocast = torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and x.dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(device)
         x = x.to(dtype)
     backend = _backend if backend is None else _known(backend)
@@ -88,7 +90,7 @@ def frequency_dynamic(
             make = partial(_torch_weights, frequency_group=frequency_group, shape=shape, dtype=dtype)
             convolve = per_sample
         # In the layer's dtype, so that an input of another one is refused as PyTorch's own layers refuse it.
-        if x.dtype == dtype and factors.batch > 1 and torch.is_grad_enabled() and not sample_loop.is_transformed():
+        if x.dtype == dtype and factors.batch > 1 and torch.is_grad_enabled() and not is_transformed():
             recomputed: Tensor = _Recomputed.apply(make, convolve, conv, x, spectra, *factors)  # type: ignore[no-untyped-call]
             return recomputed
         return convolve(x, make(spectra, *factors), conv)

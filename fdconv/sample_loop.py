@@ -10,7 +10,6 @@ The mathematics is that of `fdconv.composite`, which serves for second derivativ
 from __future__ import annotations
 
 import math
-import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -25,35 +24,16 @@ from .composite import (
     per_sample,
     per_sample_backward,
 )
+from .cpu import blocks, buffer, is_plain
 from .modulation import Factors
 
 CHUNK = 2**19
 """Weights that are made at a time, unless a single sample has more."""
-BLOCK = 2**20
-"""Numbers that elementwise steps go through together: few enough for the shared cache, and many, for every step that
-is spread over the cores costs some microseconds."""
 
 
 def serves(x: Tensor, spectra: Tensor, factors: Factors) -> bool:
     """True if this path takes the call: real CPU tensors, a weight for every sample, and nobody who traces."""
-    return (
-        x.device.type == "cpu"
-        and spectra.device.type == "cpu"
-        and type(x) is Tensor
-        and x.shape[0] > 0
-        and bool(factors.per_sample)
-        and not is_transformed()
-    )
-
-
-def is_transformed() -> bool:
-    """True where somebody traces or transforms what is called, and wants to see differentiable operations of torch."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.utils._python_dispatch._get_current_dispatch_mode() is not None
-    )
+    return is_plain(x) and spectra.device.type == "cpu" and bool(factors.per_sample)
 
 
 def apply(
@@ -139,9 +119,9 @@ def _scaled(source: _Source, kernel: Tensor | None, scale: float) -> Tensor:
     ratio, *axes = source.spectra.shape
     if kernel is None:
         return source.spectra.sum(0, keepdim=True) * scale
-    scaled = _buffer("scaled", (len(kernel), *axes), source.spectra.dtype)
+    scaled = buffer("scaled", (len(kernel), *axes), source.spectra.dtype)
     tables = (kernel * scale).unflatten(1, (ratio, -1))
-    for samples, rows in _blocks(len(kernel), axes[0], math.prod(axes[1:])):
+    for samples, rows in blocks(len(kernel), axes[0], math.prod(axes[1:])):
         for position in range(ratio):
             gain = _gain(tables[samples, position], source.group[rows])
             if position == 0:
@@ -155,7 +135,7 @@ def _gain(table: Tensor, group: Tensor) -> Tensor:
     """The factor of each real and imaginary part, `(b, rows, D2h, 2)`, from those of the groups, `(b, n)`."""
     # Looked up as pairs: half the look-ups, and no factor that broadcasts along an axis of two.
     pairs = torch.complex(table, table)
-    found = _buffer("gain", (len(table), group.numel()), pairs.dtype)
+    found = buffer("gain", (len(table), group.numel()), pairs.dtype)
     for sample, row in enumerate(pairs):
         torch.index_select(row, 0, group.flatten(), out=found[sample])
     return torch.view_as_real(found).view(len(table), *group.shape, 2)
@@ -163,11 +143,11 @@ def _gain(table: Tensor, group: Tensor) -> Tensor:
 
 def _weights(images: Tensor, factors: Factors, shape: WeightShape) -> Tensor:
     """The weights of a chunk, `(b, C_out, C_in/groups, k_h, k_w)`, in a buffer that the next chunk writes to."""
-    weights = _buffer("weights", (len(images), shape.out_channels, shape.in_channels, *shape.kernel_size), images.dtype)
+    weights = buffer("weights", (len(images), shape.out_channels, shape.in_channels, *shape.kernel_size), images.dtype)
     local, globally = _Local.of(factors, shape), global_factors(factors, shape)
     for samples, channels in _channel_blocks(len(images), shape):
         image = images[samples, channels]
-        product = _buffer("product", tuple(image.shape), image.dtype)
+        product = buffer("product", tuple(image.shape), image.dtype)
         if local is None:
             product.copy_(image)
         else:
@@ -196,7 +176,7 @@ class _Local(NamedTuple):
     def gate(self, samples: slice, channels: slice, shape: WeightShape) -> Tensor:
         """`(b, C_out, k_h, k_w, C_in/groups)` of a block."""
         filters, windows = self.filters[:, channels].flatten(1, 2), self.windows[samples]
-        logits = _buffer("gate", (*windows.shape[:2], filters.shape[1], windows.shape[3]), windows.dtype)
+        logits = buffer("gate", (*windows.shape[:2], filters.shape[1], windows.shape[3]), windows.dtype)
         torch.matmul(filters, windows, out=logits)
         gate = logits.sigmoid_().mul_(2) if shape.activation == "sigmoid" else logits.tanh_().add_(1)
         return gate.view(len(windows), -1, *shape.kernel_size, shape.in_channels)
@@ -207,24 +187,11 @@ def _part(factor: Tensor, samples: slice, channels: slice) -> Tensor:
     return factor[samples] if factor.shape[1] == 1 else factor[samples, channels]
 
 
-def _blocks(samples: int, rows: int, row: int) -> list[tuple[slice, slice]]:
-    """Parts of an array of `samples x rows` rows with `row` numbers each that stay in cache."""
-    if rows * row <= BLOCK:
-        step = BLOCK // (rows * row)
-        return [(slice(start, start + step), slice(None)) for start in range(0, samples, step)]
-    step = max(1, BLOCK // row)
-    return [
-        (slice(sample, sample + 1), slice(start, start + step))
-        for sample in range(samples)
-        for start in range(0, rows, step)
-    ]
-
-
 def _channel_blocks(samples: int, shape: WeightShape) -> list[tuple[slice, slice]]:
     """Blocks of samples and output channels. The groups of a grouped convolution stay together."""
     if shape.groups > 1:
         return [(slice(sample, sample + 1), slice(None)) for sample in range(samples)]
-    return _blocks(samples, shape.out_channels, shape.numel // shape.out_channels)
+    return blocks(samples, shape.out_channels, shape.numel // shape.out_channels)
 
 
 # And back
@@ -269,16 +236,16 @@ def _modulation_backward(
     """
     k_h, k_w = shape.kernel_size
     batch = len(grads)
-    to_images = _buffer("to images", (batch, shape.out_channels, k_h, shape.in_channels, k_w), grads.dtype)
+    to_images = buffer("to images", (batch, shape.out_channels, k_h, shape.in_channels, k_w), grads.dtype)
     local, globally = _Local.of(factors, shape), global_factors(factors, shape)
     to_windows = None if local is None else torch.zeros_like(local.windows)
     to_rows = None if factors.channel is None else grads.new_empty(batch, shape.out_channels, k_h * k_w)
     to_channel = None if factors.channel is None else torch.zeros_like(factors.channel)
     for samples, channels in _channel_blocks(batch, shape):
         image = images[samples, channels]
-        grad = _buffer("grad", tuple(image.shape), grads.dtype)
+        grad = buffer("grad", tuple(image.shape), grads.dtype)
         grad.copy_(grads[samples, channels].permute(0, 1, 3, 4, 2))
-        product = torch.mul(grad, image, out=_buffer("product", tuple(image.shape), grads.dtype))
+        product = torch.mul(grad, image, out=buffer("product", tuple(image.shape), grads.dtype))
         own = [_part(factor, samples, channels) for factor in globally]
         for factor in own:
             grad.mul_(factor)
@@ -349,32 +316,14 @@ def _spectrum_backward(
     tables = kernel.unflatten(1, (len(to_spectra), -1))
     # The shares of the real and of the imaginary part are added up side by side, which saves a pass.
     sums = torch.zeros(tables.shape, dtype=transform.dtype)
-    for samples, rows_ in _blocks(len(kernel), rows, 2 * to_scaled.shape[2]):
+    for samples, rows_ in blocks(len(kernel), rows, 2 * to_scaled.shape[2]):
         own = to_scaled[samples, rows_]
         group = source.group[rows_]
         for position in range(len(to_spectra)):
-            products = _buffer("products", tuple(own.shape), own.dtype)
+            products = buffer("products", tuple(own.shape), own.dtype)
             torch.mul(own, source.spectra[position, rows_], out=products)
             gain = _gain(tables[samples, position], group)
             for sample, summands in enumerate(torch.view_as_complex(products).flatten(1)):
                 sums[samples, position][sample].index_add_(0, group.flatten(), summands)
                 to_spectra[position, rows_].addcmul_(own[sample], gain[sample])
     return (sums.real + sums.imag).flatten(1)
-
-
-class _Buffers(threading.local):
-    """Memory that is used again by the next chunk and the next layer, for each thread its own."""
-
-    def __init__(self) -> None:
-        self.held: dict[tuple[str, torch.dtype], Tensor] = {}
-
-    def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        size = math.prod(shape)
-        held = self.held.get((name, dtype))
-        if held is None or len(held) < size:
-            with torch.inference_mode(False):
-                self.held[name, dtype] = held = torch.empty(size, dtype=dtype)
-        return held[:size].view(shape)
-
-
-_buffer = _Buffers()
