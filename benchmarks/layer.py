@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +18,8 @@ from torch import nn
 from fdconv import FDConv2d, FDLinear
 
 from .plain import make_plain_
-from .timing import call_of, environment, interleaved, write
+from .timing import PLOTS, call_of, environment, interleaved, write
 
-PLOT = Path(__file__).parent.parent / "docs" / "images"
 KINDS = ("3x3 convolution", "1x1 convolution", "linear")
 MODES = ("inference", "training")
 AXES: dict[str, list[tuple[int, int, int]]] = {
@@ -96,8 +94,8 @@ def plot(rows: list[dict[str, Any]], device: torch.device) -> None:
     grid[0][0].legend()
     facts = environment(device)
     figure.suptitle(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date']}")
-    PLOT.mkdir(exist_ok=True)
-    figure.savefig(PLOT / f"layer-{device.type}.png", dpi=80)
+    PLOTS.mkdir(exist_ok=True)
+    figure.savefig(PLOTS / f"layer-{device.type}.png", dpi=80)
 
 
 def main() -> None:

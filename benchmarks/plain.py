@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fdconv import FDConv2d, FDLinear
+from fdconv.bands import BandModulation
 
 
 def make_plain_(model: nn.Module) -> nn.Module:
@@ -29,7 +30,7 @@ def _conv2d(layer: FDConv2d, x: Tensor) -> Tensor:
     batch, (k_h, k_w), groups = x.shape[0], layer.kernel_size, layer.groups
     weight = _weight(layer, x.mean((2, 3)))
     if layer.FBM is not None:
-        x = _bands(layer, x)
+        x = band_modulated(layer.FBM, x)
     padding = layer.padding
     if layer.padding_mode != "zeros":
         x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), (0, 0)
@@ -76,9 +77,8 @@ def _weight(layer: FDConv2d | FDLinear, context: Tensor) -> Tensor:
     return weight
 
 
-def _bands(layer: FDConv2d, x: Tensor) -> Tensor:
-    fbm = layer.FBM
-    assert fbm is not None
+def band_modulated(fbm: BandModulation, x: Tensor) -> Tensor:
+    """Band modulation by Fourier transforms, a map at a time."""
     spectrum = torch.fft.rfft2(x)
     height, width = x.shape[2:]
     row = torch.fft.fftfreq(height, 1 / height, device=x.device).abs().round()

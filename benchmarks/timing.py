@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import platform
 import resource
@@ -16,7 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fdconv import cpu
+
 RESULTS = Path(__file__).parent / "results"
+PLOTS = Path(__file__).parent.parent / "docs" / "images"
 
 
 def interleaved(calls: dict[str, Callable[[], Any]], device: torch.device, seconds: float) -> dict[str, float]:
@@ -51,6 +55,28 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     call()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if platform.system() == "Linux" else 2**20)
+
+
+def added_memory(call: Callable[[], Any], device: torch.device) -> float:
+    """MiB that one call needs at its peak above what is held before it; NaN where the system does not tell."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        return peak_memory(call, device) - before / 2**20
+    cpu.buffer.held.clear()  # they belong to the call
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets the peak so far
+    except OSError:
+        return float("nan")
+    before = _resident("VmRSS")
+    call()
+    return (_resident("VmHWM") - before) / 1024
+
+
+def _resident(key: str) -> int:
+    """KiB of this process, now or at the peak."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(key)))
 
 
 def call_of(model: nn.Module, x: Tensor, mode: str) -> Callable[[], Any]:

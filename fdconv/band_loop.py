@@ -20,7 +20,7 @@ from . import bands
 from .config import FDConfig
 from .cpu import blocks, buffer
 
-FLAT = 144
+FLAT = 200
 """Positions of a map up to which both axes are one: a product more costs less there than two steps."""
 
 

@@ -125,6 +125,28 @@ def interpolated_low_passes(x: Tensor, bands: tuple[int, ...]) -> list[Tensor]:
     return [torch.fft.irfft2(spectrum * mask, s=x.shape[-2:]) for mask in masks]
 
 
+def soft_low_passes(x: Tensor, edges: Tensor, softness: float) -> list[Tensor]:
+    """Low-passes whose edges may be learned: either axis keeps its frequencies `f` to `sigmoid((edge - |f|)/softness)`.
+
+    Args:
+        x: `(B, C, H, W)`, float32 or float64.
+        edges: `(B, bands)`, or `(1, bands)` for all samples, in cycles a position.
+        softness: in cycles a position.
+
+    Returns:
+        A map of the shape and dtype of `x` for each band.
+    """
+
+    def along(size: int) -> Tensor:
+        """The low-passes of one axis as matrices, `(bands, B, 1, size, size)`."""
+        basis = cached(fourier_basis, size, size // 2, x.device, x.dtype)[:, :size]
+        frequency = (torch.arange(size, device=x.device) + 1) // 2 / size
+        kept = torch.sigmoid((edges.T[..., None] - frequency) / softness)
+        return ((basis * kept.unsqueeze(2)) @ basis.T).unsqueeze(2)
+
+    return [rows @ x @ columns for rows, columns in zip(along(x.shape[2]), along(x.shape[3]), strict=True)]
+
+
 @lru_cache(maxsize=64)
 def _cached(make: Callable[..., T], *arguments: Any) -> T:
     with torch.inference_mode(False):
@@ -158,7 +180,7 @@ def steps(logits: Tensor, config: FDConfig) -> Tensor:
     return torch.cat(parts if config.band_lowfreq else [*parts, 1 - maps[:, -1:]], dim=1)
 
 
-def modulated(x: Tensor, weight: Tensor, bias: Tensor, config: FDConfig) -> Tensor:
+def modulated(x: Tensor, weight: Tensor, bias: Tensor, config: FDConfig, edges: Tensor | None = None) -> Tensor:
     """Weigh the bands of a feature map, in differentiable operations of torch.
 
     Args:
@@ -166,6 +188,7 @@ def modulated(x: Tensor, weight: Tensor, bias: Tensor, config: FDConfig) -> Tens
         weight: of the convolution that gives the maps' logits, `(groups*maps, C/groups, 3, 3)`.
         bias: of it, `(groups*maps,)`.
         config: the operator's settings.
+        edges: of the bands, `(B, bands)` or `(1, bands)`, where they move.
 
     Returns:
         The shape and dtype of `x`.
@@ -173,10 +196,41 @@ def modulated(x: Tensor, weight: Tensor, bias: Tensor, config: FDConfig) -> Tens
     factors = steps(F.conv2d(x, weight, bias, padding=1, groups=config.band_groups), config)
     groups = x.unflatten(1, (config.band_groups, -1)).flatten(0, 1)
     y = factors[:, :1] * groups
-    split = low_passes if config.band_mask == "exact" else interpolated_low_passes
-    for band, passed in enumerate(split(groups, config.bands), 1):
+    if edges is not None:
+        shared = edges.shape[0] == 1
+        edges = edges if shared else edges.repeat_interleave(config.band_groups, 0)
+        low = soft_low_passes(groups, edges, config.band_softness)
+    else:
+        low = (low_passes if config.band_mask == "exact" else interpolated_low_passes)(groups, config.bands)
+    for band, passed in enumerate(low, 1):
         y = y + factors[:, band : band + 1] * passed
     return y.unflatten(0, (-1, config.band_groups)).flatten(1, 2)
+
+
+class BandEdges(nn.Module):
+    """Edges of the bands that training moves, in cycles a position: `(B, bands)`, or `(1, bands)` unless `dynamic`."""
+
+    def __init__(
+        self, in_channels: int, config: FDConfig, device: torch.device | None, dtype: torch.dtype | None
+    ) -> None:
+        super().__init__()
+        self.bands = config.bands
+        self.edge = nn.Parameter(torch.empty(1, len(config.bands), device=device, dtype=dtype))
+        dynamic = config.band_edges == "dynamic"
+        self.scale = ZeroInit(len(config.bands), in_channels, device=device, dtype=dtype) if dynamic else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Back to the edges of the fixed bands."""
+        with torch.no_grad():
+            self.edge.copy_(torch.tensor([[0.5 / k for k in self.bands]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        edges = self.edge.to(x.dtype)
+        if self.scale is None or self.scale.bias is None:
+            return edges
+        weight, bias = self.scale.weight.to(x.dtype), self.scale.bias.to(x.dtype)
+        return edges * gate(F.linear(x.mean((2, 3)), weight, bias), "sigmoid")
 
 
 class BandModulation(nn.Module):
@@ -199,6 +253,7 @@ class BandModulation(nn.Module):
         shape = (config.band_groups, in_channels // config.band_groups, 3, 3)
         maps = len(config.bands) + config.band_lowfreq
         self.freq_weight_conv_list = nn.ModuleList(ZeroInit(*shape, device=device, dtype=dtype) for _ in range(maps))
+        self.edges = BandEdges(in_channels, config, device, dtype) if config.band_edges != "fixed" else None
 
     def forward(self, x: Tensor) -> Tensor:
         with without_autocast(x.device):
@@ -206,5 +261,7 @@ class BandModulation(nn.Module):
             convs: Any = self.freq_weight_conv_list
             weight = torch.stack([conv.weight for conv in convs], dim=1).flatten(0, 1).to(wide.dtype)
             bias = torch.stack([conv.bias for conv in convs], dim=1).flatten().to(wide.dtype)
-            modulate = band_loop.apply if is_plain(wide) else modulated
-            return modulate(wide, weight, bias, self.config).to(x.dtype)
+            if self.edges is None and is_plain(wide):
+                return band_loop.apply(wide, weight, bias, self.config).to(x.dtype)
+            edges = None if self.edges is None else self.edges(wide)
+            return modulated(wide, weight, bias, self.config, edges).to(x.dtype)

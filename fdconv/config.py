@@ -56,13 +56,18 @@ class FDConfig:
     """Give the lowest band a map too."""
     band_groups: int = 1
     """Number of channel groups that have maps of their own."""
+    band_edges: Literal["fixed", "learned", "dynamic"] = "fixed"
+    """`learned` makes the bands' edges parameters, `dynamic` scales them for each sample from its pooled input as well;
+    edges that move are soft. Not in the paper, which leaves it open."""
+    band_softness: float = 1 / 32
+    """Width of a soft edge, in cycles a pixel: a frequency that far below the edge is kept to 73 %."""
 
     def __post_init__(self) -> None:
         for field in ("kernel_num", "param_ratio", "min_attention_channels", "band_groups"):
             value = getattr(self, field)
             _require(_is_whole(value) and value >= 1, field, "a whole number from 1", value)
         _require(self.kernel_num <= 32767, "kernel_num", "at most 32767", self.kernel_num)
-        for field in ("reduction", "temperature", "kernel_temperature"):
+        for field in ("reduction", "temperature", "kernel_temperature", "band_softness"):
             value = getattr(self, field)
             _require(
                 (_is_whole(value) or isinstance(value, float)) and 0 < value < inf, field, "a number above 0", value
@@ -78,6 +83,8 @@ class FDConfig:
         _require(ascending, "bands", "one or more ascending numbers", self.bands)
         for field, allowed in _CHOICES.items():
             _require(getattr(self, field) in allowed, field, "one of " + ", ".join(allowed), getattr(self, field))
+        hard = self.band_edges == "fixed"
+        _require(hard or self.band_mask == "exact", "band_mask", "exact where band_edges move", self.band_mask)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON types; `FDConfig(**config.to_dict())` gives an equal config."""
@@ -91,6 +98,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "local_activation": ("sigmoid", "tanh"),
     "band_mask": ("exact", "interpolated"),
     "band_activation": ("sigmoid", "tanh", "softmax"),
+    "band_edges": ("fixed", "learned", "dynamic"),
 }
 
 

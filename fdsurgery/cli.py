@@ -120,6 +120,7 @@ def convert(
             "folder": str(output),
             "swaps": len(made.swaps),
             "parameters_added": made.parameters_added,
+            "multiply_adds_added": made.multiply_adds_added,
             "relative_error": checked.relative_error,
             "plan": made.to_dict(),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,7 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from .discovery import observe
+from fdconv import FDConv2d, FDLinear, layer_cost
+
+from .discovery.effective import effective_layer, same_padding
+from .discovery.observe import Observation, observe
 from .discovery.site import Site
 from .discovery.trace import TracedBy
 from .errors import PlanError, RecipeError, near_misses
@@ -41,6 +45,14 @@ class Decision:
     """Complete settings of the operator."""
     parameters_added: int = 0
     """Number of parameters the layer gains."""
+    multiply_adds_by_component: dict[str, int] = field(default_factory=dict)
+    """Multiply-adds that the swap adds for one sample, at the sizes of the model's inputs, over all calls of the
+    layer. The components are those of the operator; for fdconv see `fdconv.LayerCost`."""
+
+    @property
+    def multiply_adds_added(self) -> int:
+        """Multiply-adds that the swap adds for one sample, in all."""
+        return sum(self.multiply_adds_by_component.values())
 
     @property
     def swap(self) -> bool:
@@ -83,6 +95,16 @@ class Plan:
     def parameters_added(self) -> int:
         """Number of parameters the model gains."""
         return sum(decision.parameters_added for decision in self.swaps)
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds of all convolutions and linear layers of the plain model for one sample."""
+        return sum(site.multiply_adds for site in self.sites)
+
+    @property
+    def multiply_adds_added(self) -> int:
+        """Multiply-adds that the swaps add for one sample."""
+        return sum(decision.multiply_adds_added for decision in self.swaps)
 
     def keeping(self, pattern: str, because: str) -> Plan:
         """This plan with the swaps whose name matches a glob kept instead. Raises `PlanError` if none does."""
@@ -128,9 +150,14 @@ class Plan:
 
     def summary(self) -> str:
         """One line: how much is swapped, by which recipe, at what cost."""
+        from .report import in_units
+
+        added = f"+{in_units(self.multiply_adds_added)} multiply-adds a sample"
+        if self.multiply_adds:
+            added += f" (+{self.multiply_adds_added / self.multiply_adds:.0%} of {in_units(self.multiply_adds)})"
         return (
             f"{self.model_class}: {len(self.swaps)} of {len(self.decisions)} sites swapped, "
-            f"+{self.parameters_added:,} parameters (recipe {self.recipe}: {self.recognised})"
+            f"+{self.parameters_added:,} parameters, {added} (recipe {self.recipe}: {self.recognised})"
         )
 
     def __rich__(self) -> Table:
@@ -183,12 +210,7 @@ def plan(
         get_operator(rule.operator).settings({**rule.settings, **overrides})
     seen = observe(model, example_inputs, tracer)
     decisions = _decide_all(model, chosen, seen.sites, overrides)
-    decisions = tuple(
-        replace(decision, parameters_added=_parameters_added(model.get_submodule(decision.site.name), decision))
-        if decision.swap
-        else decision
-        for decision in decisions
-    )
+    decisions = tuple(_with_costs(decision, model, seen) if decision.swap else decision for decision in decisions)
     return Plan(name, recognised, type(model).__name__, seen.tracer, decisions, example_inputs)
 
 
@@ -252,10 +274,10 @@ def _decide(site: Site, recipe: Recipe, overrides: dict[str, Any], delegated: De
     return Decision(site, "no rule asks for it")
 
 
-def _parameters_added(layer: nn.Module, decision: Decision) -> int:
-    """Parameters of the new layer less those of the old, counted on a twin without memory."""
+def _with_costs(decision: Decision, model: nn.Module, seen: Observation) -> Decision:
+    """The decision to swap, with what it adds, counted on a twin of the new layer without memory."""
     assert decision.operator is not None
-    site = decision.site
+    site, layer = decision.site, model.get_submodule(decision.site.name)
     bias = layer.bias is not None
     with torch.device("meta"):
         twin: nn.Module
@@ -264,7 +286,40 @@ def _parameters_added(layer: nn.Module, decision: Decision) -> int:
         else:
             twin = nn.Linear(site.in_channels, site.out_channels, bias)
         new = get_operator(decision.operator).replace(twin, decision.settings)
-    return _count(new) - _count(layer)
+    return replace(
+        decision,
+        parameters_added=_count(new) - _count(layer),
+        multiply_adds_by_component=_multiply_adds_added(new, layer, seen.input_shapes[site.name], seen.batch),
+    )
+
+
+def _multiply_adds_added(
+    new: nn.Module, layer: nn.Module, shapes: Iterable[tuple[int, ...]], batch: int
+) -> dict[str, int]:
+    """By component and for one sample of a batch that gives the layer inputs of these shapes, over its calls."""
+    if not isinstance(new, (FDConv2d, FDLinear)):
+        return {}
+    unbatched = 3 if isinstance(new, FDConv2d) else 1
+    added: Counter[str] = Counter()
+    for shape in filter(None, shapes):
+        # What is a sample to the layer, and has a weight of its own, may be a part of one: a window, or a region.
+        rows, sample = (1, shape) if len(shape) == unbatched else (shape[0], shape[1:])
+        for component, count in asdict(layer_cost(new, _padded(sample, layer))).items():
+            added[component] += rows * count
+    del added["convolution"]  # that of the plain layer
+    return {component: count // batch for component, count in added.items()}
+
+
+def _padded(sample: tuple[int, ...], layer: nn.Module) -> tuple[int, ...]:
+    """The shape that an input has once it is padded, for layers that begin with that."""
+    if not isinstance(layer, nn.Conv2d):
+        return sample
+    effective = effective_layer(layer)
+    if isinstance(effective, str) or not effective.pads_same:
+        return sample
+    channels, height, width = sample
+    left, right, top, bottom = same_padding((height, width), layer)
+    return channels, height + top + bottom, width + left + right
 
 
 def _count(module: nn.Module) -> int:

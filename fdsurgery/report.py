@@ -18,11 +18,12 @@ def plan_table(plan: Plan) -> Table:
     """The decision for every site, and the sum of it in the caption."""
     table = Table(caption=plan.summary(), caption_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("site", overflow="fold")
-    table.add_column("kind", no_wrap=True)
-    table.add_column("shape", no_wrap=True)
+    table.add_column("kind", min_width=9)
+    table.add_column("shape", min_width=8)
     table.add_column("decision", no_wrap=True)
     table.add_column("rule or reason", overflow="fold")
     table.add_column("parameters", justify="right", no_wrap=True)
+    table.add_column("multiply-\nadds", justify="right", no_wrap=True)
     for decision in plan.decisions:
         table.add_row(
             decision.site.name,
@@ -31,6 +32,7 @@ def plan_table(plan: Plan) -> Table:
             f"swap: {decision.operator}" if decision.swap else "keep",
             _why(decision),
             f"+{decision.parameters_added:,}" if decision.swap else "",
+            f"+{in_units(decision.multiply_adds_added)}" if decision.swap else "",
             style=None if decision.swap else "dim",
         )
     return table
@@ -58,6 +60,11 @@ def shape_of(site: Site) -> str:
     if site.groups > 1:
         parts.append(f"g{site.groups}")
     return " ".join(parts)
+
+
+def in_units(count: int) -> str:
+    """A large number in units of 10^6 or 10^9, e.g. `12.30 M` or `4.09 G`."""
+    return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.2f} M"
 
 
 def render(plan: Plan, width: int = 160) -> str:

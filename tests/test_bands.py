@@ -115,6 +115,49 @@ def test_the_maps_are_a_convolution() -> None:
     torch.testing.assert_close(band_loop._logits(x, weight, bias, 2), expected.float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_soft_low_passes_are_those_of_a_fourier_transform(dynamic: bool) -> None:
+    x = torch.randn(3, 2, 9, 14, dtype=torch.float64)
+    edges = torch.rand(3 if dynamic else 1, 2, dtype=torch.float64) / 2
+    rows, columns = torch.fft.fftfreq(9, dtype=torch.float64).abs(), torch.fft.fftfreq(14, dtype=torch.float64).abs()
+    for band, passed in enumerate(bands.soft_low_passes(x, edges, 0.03)):
+        edge = edges[:, band, None, None, None]
+        mask = torch.sigmoid((edge - rows[:, None]) / 0.03) * torch.sigmoid((edge - columns) / 0.03)
+        torch.testing.assert_close(passed, torch.fft.ifft2(torch.fft.fft2(x) * mask).real)
+
+
+def test_edges_without_softness_are_the_fixed_ones() -> None:
+    x = torch.randn(2, 3, 11, 13, dtype=torch.float64)
+    edges = torch.tensor([[0.5 / k for k in (2, 4, 8)]], dtype=torch.float64)  # no frequency of 11 or 13 lies on one
+    for soft, hard in zip(bands.soft_low_passes(x, edges, 1e-5), bands.low_passes(x, (2, 4, 8)), strict=True):
+        torch.testing.assert_close(soft, hard)
+
+
+@pytest.mark.parametrize("edges", ["learned", "dynamic"])
+def test_gradients_reach_the_edges(edges: Any) -> None:
+    config = FDConfig(bands=(2, 4), band_edges=edges, band_groups=2)
+    layer = BandModulation(4, config, dtype=torch.float64)
+    x = torch.randn(3, 4, 6, 7, dtype=torch.float64)
+    assert torch.equal(layer(x), x)  # neutral at the start, wherever the edges are
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    names = [name for name, _ in layer.named_parameters()]
+    assert [name for name in names if "edges" in name]
+
+    def output(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    values = [parameter.detach().requires_grad_() for parameter in layer.parameters()]
+    assert torch.autograd.gradcheck(output, (x.requires_grad_(), *values))
+    layer(x).square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().min() > 0 for parameter in layer.edges.parameters())  # type: ignore[union-attr]
+
+
+def test_edges_move_only_where_masks_are_exact() -> None:
+    with pytest.raises(ValueError, match="band_mask must be exact where band_edges move, not 'interpolated'"):
+        FDConfig(band_edges="learned", band_mask="interpolated")
+
+
 def test_second_derivatives() -> None:
     layer = modulation(FDConfig(bands=(2, 4)), channels=2)
     x = torch.randn(2, 2, 4, 5, dtype=torch.float64, requires_grad=True)

@@ -40,10 +40,17 @@ class Observation:
     tracer: Seen
     """Whether the recorded forward ran on meta tensors (no memory, no computation) or had to be real; or the other
     tracer that was asked for."""
-    calls: Mapping[str, int]
-    """How often each convolution and linear layer was called, by name; 0 for those that never were."""
+    input_shapes: Mapping[str, tuple[tuple[int, ...], ...]]
+    """Shape of the input of each call of each convolution and linear layer, by name; `()` where it is not known."""
+    batch: int
+    """Number of samples that the model was called with."""
     note: str = ""
     """Why meta tensors did not do, if they did not."""
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """How often each convolution and linear layer was called, by name; 0 for those that never were."""
+        return {name: len(shapes) for name, shapes in self.input_shapes.items()}
 
 
 def sites(
@@ -113,8 +120,8 @@ def observe(
         graph, seen = _traced(model, inputs, tracer, layers), tracer
     flow = Flow(graph, layers)
     found = _sites(model, flow)
-    calls = {name: len(flow.calls.get(name, ())) for name in layers}
-    return Observation(graph, found, inputs, seen, calls, note)
+    shapes = {name: tuple(shape_of(layer_input(call)) or () for call in flow.calls.get(name, ())) for name in layers}
+    return Observation(graph, found, inputs, seen, shapes, flow.batch, note)
 
 
 def _traced(model: nn.Module, inputs: Inputs, tracer: TracedBy, layers: dict[str, nn.Module]) -> fx.Graph:
