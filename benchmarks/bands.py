@@ -3,8 +3,9 @@
     python -m benchmarks.bands [--device cpu|cuda] [--dtype float32|bfloat16] [--seconds S]
 
 `fft` is the textbook form (`benchmarks/plain.py`), `floor` a copy of the map and the 3x3 convolution with one output a
-map, which no form can do without. Writes `benchmarks/results/bands-DEVICE.json` and `.md`, and the plot
-`docs/images/bands-DEVICE.png`. Peak memory is that of one call above what there was before it.
+map, which no form can do without, and `layer` a whole FDConv2d of 3x3 with as many outputs as inputs. Peak memory is
+that of one call above what there was before it. Writes `benchmarks/results/bands-DEVICE.json` and `.md`, and the plot
+`docs/images/bands-DEVICE.png`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fdconv import FDConfig
+from fdconv import FDConfig, FDConv2d
 from fdconv.bands import BandModulation
 
 from .plain import band_modulated
@@ -49,15 +50,18 @@ POINTS: list[tuple[int, int, int, int]] = [
     (1, 64, 400, 400),
 ]
 """Batch, channels, height and width."""
+WIDEST = 1024
+"""Channels up to which the whole layer is timed."""
 
 
 def calls(point: tuple[int, int, int, int], mode: str, place: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     """What is timed at a point."""
-    layer = BandModulation(point[1], FDConfig(), device=place["device"])
-    for parameter in layer.parameters():
+    channels = point[1]
+    bands = BandModulation(channels, FDConfig(), device=place["device"])
+    for parameter in bands.parameters():
         nn.init.normal_(parameter, std=0.05)
     x = torch.randn(point, **place)
-    weight = torch.cat([conv.weight for conv in layer.freq_weight_conv_list]).detach()  # type: ignore[misc]
+    weight = torch.cat([conv.weight for conv in bands.freq_weight_conv_list]).detach()  # type: ignore[misc]
     weight = weight.to(x.dtype).requires_grad_()
 
     def floor(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,9 +69,11 @@ def calls(point: tuple[int, int, int, int], mode: str, place: dict[str, Any]) ->
 
     forms: dict[str, Callable[[Tensor], Any]] = {
         "floor": floor,
-        "fft": lambda x: band_modulated(layer, x.float()).to(x.dtype),
-        "ours": layer,
+        "fft": lambda x: band_modulated(bands, x.float()).to(x.dtype),
+        "ours": bands,
     }
+    if channels <= WIDEST:
+        forms["layer"] = FDConv2d(channels, channels, 3, padding=1, **place)
     return {name: _inference(form, x) if mode == "inference" else _training(form, x) for name, form in forms.items()}
 
 
@@ -102,14 +108,16 @@ def measure(point: tuple[int, int, int, int], mode: str, place: dict[str, Any], 
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Milliseconds and memory, and how many times faster ours is than by transforms."""
-    lines = ["| maps | mode | floor | fft | ours | fft / ours | ours / floor | added MiB, fft | added MiB, ours |"]
-    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    """Milliseconds and memory, how many times faster ours is than by transforms, and what it is of its layer."""
+    head = ["maps", "mode", "floor", "fft", "ours", "fft / ours", "ours / floor", "share of the layer"]
+    head += ["added MiB, fft", "added MiB, ours"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         floor, fft, ours = (row["milliseconds"][name] for name in ("floor", "fft", "ours"))
         batch, channels, height, width = row["point"]
         cells = [f"{batch} x {channels} x {height}x{width}", row["mode"]]
         cells += [f"{floor:.2f} ms", f"{fft:.2f} ms", f"{ours:.2f} ms", f"{fft / ours:.1f}", f"{ours / floor:.1f}"]
+        cells += [f"{ours / row['milliseconds']['layer']:.0%}" if "layer" in row["milliseconds"] else ""]
         cells += [f"{row['added_mib'][name]:.1f}" for name in ("fft", "ours")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -125,7 +133,7 @@ def plot(rows: list[dict[str, Any]], device: torch.device) -> None:
     figure, pair = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True, sharey=True)
     for axes, mode in zip(pair, MODES, strict=True):
         own = [row for row in rows if row["mode"] == mode]
-        for name in own[0]["milliseconds"]:
+        for name in ("floor", "fft", "ours"):
             sizes, costs = [], []
             for row in own:
                 batch, channels, height, width = row["point"]
