@@ -17,7 +17,10 @@ from torch.nn import functional as F
 CUDA = torch.cuda.is_available()
 pytest.importorskip("triton")
 
-from fdconv import FDConfig, FDConv2d, triton_kernels  # noqa: E402
+import test_fdconv_golden as golden  # noqa: E402
+
+from fdconv import FDConfig, FDConv2d, set_backend, triton_kernels  # noqa: E402
+from fdconv.official import load_layer  # noqa: E402
 from fdconv.spectrum import frequency_groups, group_dtype, image_to_weight  # noqa: E402
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -505,3 +508,18 @@ assert not triton_kernels.available(torch.device("cpu"))
 assert not triton_kernels.available(torch.device("cuda"))
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("path", golden.FILES, ids=lambda path: path.stem)
+def test_official_layers_give_their_own_numbers(path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise AssertionError("not through the kernels")
+
+    monkeypatch.setattr("fdconv.functional.sample_weights", fail)
+    tensors, state, config = golden.read(path)
+    layer = load_layer(state, config, tensors["group_index"]).to(DEVICE)
+    before = set_backend("triton")
+    try:
+        golden.check(layer, {name: tensor.to(DEVICE) for name, tensor in tensors.items()})
+    finally:
+        set_backend(before)
