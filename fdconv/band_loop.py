@@ -33,14 +33,13 @@ def apply(x: Tensor, weight: Tensor, bias: Tensor, config: FDConfig) -> Tensor:
         bias: `(groups*maps,)`.
         config: the settings of the operator.
     """
-    result: Tensor = _BandLoop.apply(x, weight, bias, config)  # type: ignore[no-untyped-call]
+    result: Tensor = _BandLoop.apply(x.contiguous(), weight, bias, config)  # type: ignore[no-untyped-call]
     return result
 
 
 class _BandLoop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, config: FDConfig) -> Tensor:
-        x = x.contiguous()
         logits = _logits(x, weight, bias, config.band_groups)
         ctx.save_for_backward(x, weight, bias, logits)
         ctx.config = config

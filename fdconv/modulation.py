@@ -178,7 +178,7 @@ class GlobalModulation(nn.Module):
         self.fc = Squeeze(width, in_channels, *tail, device=device, dtype=dtype)
         use_rms = config.norm == "rms" or (config.norm == "auto" and linear)
         self.norm = nn.RMSNorm(width, eps=1e-6, device=device, dtype=dtype) if use_rms else None
-        self.bn = None if use_rms else ContextBatchNorm(width, device=device, dtype=dtype)
+        self.bn: nn.Module | None = None if use_rms else ContextBatchNorm(width, device=device, dtype=dtype)
         self.relu = nn.ReLU() if linear else StarReLU(device=device, dtype=dtype)
         self.channel_fc = head(in_channels)
         self.filter_fc = None if depthwise else head(out_channels)
@@ -188,8 +188,10 @@ class GlobalModulation(nn.Module):
     def forward(self, context: Tensor) -> Factors:
         config = self.config
         hidden = _linear(self.fc, context)
-        if self.bn is not None:
+        if isinstance(self.bn, ContextBatchNorm):
             hidden = self.bn(hidden)
+        elif self.bn is not None:  # put in its place by nn.SyncBatchNorm.convert_sync_batchnorm, and takes one dtype
+            hidden = self.bn(hidden.to(self.fc.weight.dtype)).to(hidden.dtype)
         if self.norm is not None:
             hidden = F.rms_norm(hidden, hidden.shape[1:], self.norm.weight.to(hidden.dtype), self.norm.eps)
         hidden = self.relu(hidden)

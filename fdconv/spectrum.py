@@ -34,7 +34,7 @@ def frequency_groups(d1: int, d2: int, kernel_num: int) -> Tensor:
     more than the others; where `n` exceeds the number `N` of coefficients, the last groups stay empty.
 
     Returns:
-        The group of every coefficient, `(d1, d2//2 + 1)`, uint8 (int16 for more than 256 groups), on the CPU.
+        The group of every coefficient, `(d1, d2//2 + 1)`, uint8 (int32 for more than 256 groups), on the CPU.
     """
     return _frequency_groups(d1, d2, kernel_num).clone()
 
@@ -63,8 +63,11 @@ def groups_from_order(order: Tensor, kernel_num: int) -> Tensor:
 
 
 def group_dtype(kernel_num: int) -> torch.dtype:
-    """The smallest integer type that holds every group number: the group map is saved with the weights."""
-    return torch.uint8 if kernel_num <= 256 else torch.int16
+    """A small integer type that holds every group number, for the map is saved with the weights.
+
+    Not int16, which torch.distributed cannot send.
+    """
+    return torch.uint8 if kernel_num <= 256 else torch.int32
 
 
 def image_to_spectra(image: Tensor, ratio: int) -> Tensor:

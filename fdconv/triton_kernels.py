@@ -62,7 +62,7 @@ def scale_spectrum(spectra: Tensor, frequency_group: Tensor, kernel: Tensor, sca
 
     Args:
         spectra: `(r, D1, D2h, 2)`, float32.
-        frequency_group: `(D1, D2h)`, uint8 or int16, below `n`.
+        frequency_group: `(D1, D2h)`, uint8 or int32, below `n`.
         kernel: `(B, r*n)`, float32, the factors of the groups.
         scale: factor of everything.
 
