@@ -112,13 +112,10 @@ def build(spec: str) -> Any:
     return model_class(model_class.config_class())  # some read the features of layers by their numbers
 
 
-_DEPTHS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers", "num_blocks")
-
-
 def shallow(config: Any) -> Any:
     """A config with one or two layers where it has many; parts that are configs too."""
     for key, value in list(vars(config).items()):
-        if key in _DEPTHS and isinstance(value, int):
+        if (key.endswith("_layers") or key == "num_blocks") and type(value) is int:
             setattr(config, key, min(value, 2))
         elif key == "depths" and isinstance(value, (list, tuple)):
             setattr(config, key, type(value)(min(depth, 1) for depth in value))
