@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .modulation import Factors, gate
+from .real_fft import padded, planes, real_image
 from .spectrum import image_to_weight
 
 
@@ -59,7 +60,10 @@ def sample_weights(spectra: Tensor, frequency_group: Tensor, factors: Factors, s
     Returns:
         `(B, C_out, C_in/groups, k_h, k_w)`, with `B = 1` where nothing depends on the sample.
     """
-    image = torch.fft.irfft2(scaled_spectra(spectra, frequency_group, factors.kernel, shape.scale), s=_size(shape))
+    if torch.onnx.is_in_onnx_export():
+        image = real_image(_scaled_planes(spectra, frequency_group, factors.kernel, shape), shape.width)
+    else:
+        image = torch.fft.irfft2(scaled_spectra(spectra, frequency_group, factors.kernel, shape.scale), s=_size(shape))
     # Input channels last: there the factors broadcast along contiguous memory, and a 3x3 kernel's three columns do not.
     weight = image_to_weight(image, shape.kernel_size).movedim(2, -1).contiguous()
     if factors.context is not None:
@@ -83,6 +87,16 @@ def scaled_spectra(spectra: Tensor, frequency_group: Tensor, kernel: Tensor | No
     index = frequency_group.flatten().int().repeat_interleave(2)
     scaled = spectra * kernel.index_select(2, index).view(*kernel.shape[:2], *spectra.shape[1:])
     return torch.view_as_complex(scaled[:, 0] if len(spectra) == 1 else scaled.sum(1))
+
+
+def _scaled_planes(spectra: Tensor, frequency_group: Tensor, kernel: Tensor | None, shape: WeightShape) -> Tensor:
+    """As `scaled_spectra`, but laid out for `real_image`; what depends on no sample is a constant of the graph."""
+    laid_out = planes(spectra, shape.width)
+    if kernel is None:
+        return laid_out.sum(0, keepdim=True) * shape.scale
+    index = padded(frequency_group.int(), shape.width)
+    gain = (kernel * shape.scale).unflatten(1, (len(spectra), 1, -1)).index_select(3, index.flatten())
+    return (laid_out * gain.unflatten(3, index.shape)).sum(1)
 
 
 def channel_windows(factors: Factors, shape: WeightShape) -> Tensor:
@@ -203,8 +217,32 @@ def conv2d_per_sample(
         columns = x.reshape(batch, groups, -1, x.shape[-2] * x.shape[-1])
         y = weight.reshape(batch, groups, out_channels // groups, -1) @ columns
         return y.reshape(batch, out_channels, *x.shape[-2:])
+    if torch.onnx.is_in_onnx_export() and not isinstance(batch, int):
+        return _conv2d_by_products(x, weight, stride, padding, dilation, groups)
     y = F.conv2d(x.reshape(1, -1, *x.shape[-2:]), weight.flatten(0, 1), None, stride, padding, dilation, groups * batch)
     return y.view(batch, out_channels, *y.shape[-2:])
+
+
+def _conv2d_by_products(
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """`conv2d_per_sample` for ONNX, where a file says how many groups a convolution has, and so how many samples."""
+    k_h, k_w = weight.shape[3:]
+    x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    rows = (x.shape[2] - dilation[0] * (k_h - 1) - 1) // stride[0] + 1
+    columns = (x.shape[3] - dilation[1] * (k_w - 1) - 1) // stride[1] + 1
+    height, width = (rows - 1) * stride[0] + 1, (columns - 1) * stride[1] + 1
+    lines = [x[:, :, top : top + height : stride[0]] for top in range(0, k_h * dilation[0], dilation[0])]
+    lefts = range(0, k_w * dilation[1], dilation[1])
+    seen = torch.stack([line[..., left : left + width : stride[1]] for line in lines for left in lefts], 1)
+    windows = seen.unflatten(2, (groups, -1)).transpose(1, 2).flatten(2, 3).flatten(3)
+    kernels = weight.unflatten(1, (groups, -1)).permute(0, 1, 2, 4, 5, 3).flatten(3)
+    return (kernels @ windows).flatten(1, 2).unflatten(2, (rows, columns))
 
 
 def linear_per_sample(x: Tensor, weight: Tensor) -> Tensor:

@@ -95,16 +95,47 @@ def _settings(config: dict[str, Any]) -> FDConfig:
     )
 
 
-def _groups(layer: FDConv2d | FDLinear, group_index: Tensor | None) -> Tensor:
-    """Group of every coefficient, `(D1, D2h)`, as the official layer has it."""
+def public_groups(layer: FDConv2d | FDLinear) -> Tensor:
+    """The group of every coefficient, `(D1, D2h)`, as the public code numbers them with the installed torch.
+
+    It orders equal radii by an unstable sort and saves no order, so another version may give other groups.
+    """
     d1, d2_half = layer.frequency_group.shape
-    kernel_num = layer.config.kernel_num
-    if group_index is None:
-        _, in_channels, _, k_w = layer._kernel_shape()
+    _, in_channels, _, k_w = layer._kernel_shape()
+    with torch.device("cpu"):
         rows, columns = torch.fft.fftfreq(d1), torch.fft.rfftfreq(in_channels * k_w)
         radius = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).norm(dim=-1)
         order = torch.sort(radius.flatten()).indices
-        return groups_from_order(order, kernel_num).view(d1, d2_half)
+        return groups_from_order(order, layer.config.kernel_num).view(d1, d2_half)
+
+
+def public_obstacle(layer: FDConv2d | FDLinear) -> str | None:
+    """Why the public code has no layer of this shape, in words; None if it has."""
+    _, in_channels, k_h, k_w = layer._kernel_shape()
+    if type(layer) not in (FDConv2d, FDLinear):
+        return "it pads by the size of its input, and the public layer does not"
+    if layer.groups != 1:
+        return f"its convolution has {layer.groups} groups, and the public layer one"
+    if k_h != k_w:
+        return f"its kernel is {k_h}x{k_w}, and the public one square"
+    if in_channels * k_w % 2:
+        return f"its weight image is {in_channels * k_w} wide, and the public code takes even widths"
+    if isinstance(layer, FDConv2d) and layer.padding_mode != "zeros":
+        return f"it pads by {layer.padding_mode!r}, and the public layer with zeros"
+    return None
+
+
+def divides_evenly(layer: FDConv2d | FDLinear) -> bool:
+    """True if the coefficients of a layer make groups of one size, which the public code demands."""
+    return layer.frequency_group.numel() % layer.config.kernel_num == 0
+
+
+def _groups(layer: FDConv2d | FDLinear, group_index: Tensor | None) -> Tensor:
+    """Group of every coefficient, `(D1, D2h)`, as the official layer has it."""
+    if group_index is None:
+        return public_groups(layer)
+    d1, d2_half = layer.frequency_group.shape
+    kernel_num = layer.config.kernel_num
     if group_index.shape != (2, kernel_num, d1 * d2_half // kernel_num) or d1 * d2_half % kernel_num:
         raise ValueError(
             f"group_index must have the shape (2, {kernel_num}, {d1 * d2_half / kernel_num:g}), "

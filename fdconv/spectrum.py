@@ -12,6 +12,8 @@ from math import gcd
 import torch
 from torch import Tensor
 
+from .real_fft import planes, real_image
+
 
 def weight_to_image(weight: Tensor) -> Tensor:
     """Lay a convolution weight `(C_out, C_in/groups, k_h, k_w)` out as one image `(D1, D2)`."""
@@ -98,5 +100,8 @@ def spectra_to_image(spectra: Tensor, scale: float, width: int) -> Tensor:
     Returns:
         The weight image `(1, D1, D2)`.
     """
-    spectrum = torch.view_as_complex((spectra.sum(0, keepdim=True) * scale).contiguous())
+    summed = spectra.sum(0, keepdim=True) * scale
+    if torch.onnx.is_in_onnx_export():
+        return real_image(planes(summed, width), width)
+    spectrum = torch.view_as_complex(summed.contiguous())
     return torch.fft.irfft2(spectrum, s=(spectrum.shape[1], width))

@@ -11,13 +11,18 @@ from .errors import (
     SurgeryError,
     UnsupportedModelError,
 )
+from .finetune import freeze, optimizer_after_surgery, param_groups
+from .huggingface import registration as _registration
 from .planning import Decision, Plan, plan
+from .pretrained import from_pretrained, save_pretrained
 from .recipe import Recipe, load_recipe, shipped_recipes
 from .sources import Source
 from .surgery import apply, convert, restore
 from .verification import Verification, settle_, verify
 
 __version__ = "0.1.0"
+
+_registration.register()
 
 __all__ = [
     "CheckpointError",
@@ -35,11 +40,16 @@ __all__ = [
     "Verification",
     "apply",
     "convert",
+    "freeze",
+    "from_pretrained",
     "load",
     "load_recipe",
+    "optimizer_after_surgery",
+    "param_groups",
     "plan",
     "restore",
     "save",
+    "save_pretrained",
     "settle_",
     "shipped_recipes",
     "sites",

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .errors import CheckpointError, SurgeryError, near_misses
+from .huggingface.description import describe
 from .operators import get_operator, operator_of
 from .planning import Plan
 from .rewrite.tree import swapped
@@ -129,6 +130,8 @@ def load(folder: str | Path, *, model: nn.Module | None = None, device: torch.de
     except (SafetensorError, RuntimeError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise CheckpointError(f"{folder / WEIGHTS} does not fit the model: {' '.join(lines[:3])}") from error
+    plan = description.get("plan")
+    describe(model, plan.get("recipe") if isinstance(plan, dict) else None)
     return model.to(device).eval()
 
 

@@ -12,6 +12,7 @@ import typer
 import typer.core
 import yaml
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 from .errors import SurgeryError, near_misses
@@ -38,6 +39,8 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
+checkpoint_app = typer.Typer(help="Convert checkpoints on disk.", no_args_is_help=True)
+app.add_typer(checkpoint_app, name="checkpoint")
 
 out = Console()
 
@@ -128,6 +131,55 @@ def convert(
     else:
         out.print(str(checked))
         out.print(f"saved to {output}; load it with fdsurgery.load({str(output)!r})", markup=False, highlight=False)
+
+
+@checkpoint_app.callback()
+def checkpoint() -> None:
+    """Convert checkpoints on disk."""
+
+
+@checkpoint_app.command("convert")
+def convert_checkpoint(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="a checkpoint: file, index, or folder")],
+    destination: Annotated[
+        Path, typer.Argument(metavar="OUT", help="a folder, or a file that ends in .safetensors, .pth, .pt or .bin")
+    ],
+    model: Annotated[str | None, typer.Option("--model", "-m", metavar="SPEC", help="the model it is of")] = None,
+    recipe: RecipeOption = "auto",
+    to: Annotated[str, typer.Option(help="ours, or official for the authors' code")] = "ours",
+    form: Annotated[str, typer.Option("--from", help="plain, official, ours, or auto to see by its tensors")] = "auto",
+    key: Annotated[str | None, typer.Option(help="entry of a pickled checkpoint, e.g. model_ema")] = None,
+    set_: SetOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan; write nothing")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Convert a checkpoint without building its model: plain to dynamic, official to ours, and back to official."""
+    from .checkpoints import carry_out, plan_checkpoint
+
+    settings = _settings(set_)
+    with _working(f"planning {source}", quiet=as_json):
+        made = plan_checkpoint(
+            source,
+            destination,
+            model=model,
+            recipe=_recipe(recipe),
+            to=to,
+            source_form=form,
+            key=key,
+            settings=settings,
+        )
+    if as_json:
+        print(json.dumps(made.to_dict(), indent=1))
+    else:
+        out.print(str(made), markup=False, highlight=False, soft_wrap=True)
+    if dry_run:
+        return
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True, quiet=as_json)) as progress:
+        task = progress.add_task("converting", total=made.nbytes)
+        carry_out(made, lambda count: progress.advance(task, count))
+    if not as_json:
+        out.print(f"written to {destination}", markup=False, highlight=False)
 
 
 @recipes_app.command("list")

@@ -18,6 +18,7 @@ from fdsurgery import RecipeError
 from fdsurgery.discovery.site import Site
 from fdsurgery.recipe import check_rules_matched, detect_recipe, load_recipe, parse_recipe, shipped_recipes
 from fdsurgery.recipe.conditions import Where
+from fdsurgery.recipe.rules import FineTune
 
 SPATIAL = Site("stages.1.conv2", "conv", "spatial", 64, 128, (3, 3), (2, 2), groups=2, layer_class="Conv2dSame")
 LINEAR = Site("blocks.0.mlp.fc1", "linear", "expand", 96, 384, aliases=("again.fc1",), parent_class="Mlp")
@@ -104,6 +105,17 @@ def test_inherited_rules_come_after_own_ones_and_once(tmp_path: Path) -> None:
     assert recipe.name == "child" and recipe.match.timm == (), "a family is recognised by its own recipe alone"
 
 
+def test_rates_are_inherited_one_by_one(tmp_path: Path) -> None:
+    (tmp_path / "far.yaml").write_text("finetune: {spectrum_lr_scale: 0.1, modulation_lr_scale: 2}")
+    (tmp_path / "left.yaml").write_text("extends: far.yaml\nfinetune: {spectrum_lr_scale: 3}")
+    (tmp_path / "right.yaml").write_text("finetune: {spectrum_lr_scale: 4, modulation_lr_scale: 5}")
+    (tmp_path / "child.yaml").write_text("extends: [left.yaml, right.yaml]")
+    assert load_recipe(tmp_path / "child.yaml").finetune == FineTune(3, 2), "the first parent that says"
+    (tmp_path / "child.yaml").write_text("extends: [ffn, right.yaml]\nfinetune: {modulation_lr_scale: 1}")
+    assert load_recipe(tmp_path / "child.yaml").finetune == FineTune(4, 1), "the own one first, be it the default"
+    assert parse_recipe("extends: resnet").finetune == FineTune(None, None)
+
+
 def test_recipes_that_extend_each_other_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("extends: b.yaml")
     (tmp_path / "b.yaml").write_text("description: x\nextends:\n- ffn\n- a.yaml")
@@ -160,6 +172,15 @@ BROKEN = {
     "entry is text": ("swap: [conv]", r"1:8: swap\[0\]: .*, not 'conv'"),
     "description is a number": ("description: 3", "1:1: description: .*valid string, not 3"),
     "optional is text": ("swap: [{where: {kind: conv}, optional: 'no'}]", r"1:30: swap\[0\]\.optional: .*not 'no'"),
+    "unknown rate": (
+        "finetune:\n  spectrm_lr_scale: 2",
+        r"2:3: finetune\.spectrm_lr_scale: no such key; known: .*did you mean 'spectrum_lr_scale'",
+    ),
+    "rate of nothing": ("finetune: {modulation_lr_scale: 0}", r"1:12: finetune\.modulation_lr_scale: .*than 0, not 0"),
+    "rate is text": ("finetune: {modulation_lr_scale: '2'}", r"1:12: .*valid number, not '2'"),
+    "rate is yes": ("finetune: {modulation_lr_scale: yes}", r"1:12: .*valid number, not True"),
+    "rate without end": ("finetune: {spectrum_lr_scale: .inf}", r"1:12: .*finite number, not inf"),
+    "rates are a number": ("finetune: 3", "1:1: finetune: .*, not 3"),
     "a list": ("- swap", "1:1: a recipe is a mapping of description, .*not a list"),
     "a word": ("swap", "1:1: a recipe is a mapping of .*not 'swap'"),
     "empty": ("", "1:1: the file is empty"),
@@ -258,16 +279,17 @@ VALUES = st.recursive(
 
 @settings(max_examples=300, deadline=None)
 @given(
-    st.sampled_from([*Where.model_fields, "because", "optional", "with", "operator", "where"]),
+    st.sampled_from([*Where.model_fields, "because", "optional", "with", "operator", "where", "spectrum_lr_scale"]),
     VALUES,
-    st.sampled_from(["keep", "swap", "where", "top"]),
+    st.sampled_from(["keep", "swap", "where", "finetune", "top"]),
 )
 def test_any_value_is_a_recipe_or_a_recipe_error(key: str, value: object, place: str) -> None:
     import json
 
     entry = json.dumps({key: value})  # JSON is YAML
     text = {
-        "keep": f"keep: [{entry}]", "swap": f"swap: [{entry}]", "where": f"swap: [{{where: {entry}}}]", "top": entry
+        "keep": f"keep: [{entry}]", "swap": f"swap: [{entry}]", "where": f"swap: [{{where: {entry}}}]",
+        "finetune": f"finetune: {entry}", "top": entry
     }[place]  # fmt: skip
     try:
         parse_recipe(text)

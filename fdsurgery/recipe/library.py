@@ -152,6 +152,7 @@ def _resolve(parsed: _Parsed, chain: tuple[_Origin, ...]) -> Recipe:
     own = chain[-1]
     keep, swap = list(file.keep_rules(source)), list(file.swap_rules(source))
     delegate = [_located(part, own.folder) for part in file.delegates(source)]
+    finetune = file.fine_tuning()
     for index, name in enumerate(file.extends):
         place: KeyPath = ("extends", index) if isinstance(source.data["extends"], list) else ("extends",)
         try:
@@ -167,6 +168,7 @@ def _resolve(parsed: _Parsed, chain: tuple[_Origin, ...]) -> Recipe:
         keep += [rule for rule in inherited.keep if rule not in keep]
         swap += [rule for rule in inherited.swap if rule not in swap]
         delegate += [part for part in inherited.delegate if part not in delegate]
+        finetune = finetune.over(inherited.finetune)
     return Recipe(
         own.name,
         file.description,
@@ -175,6 +177,7 @@ def _resolve(parsed: _Parsed, chain: tuple[_Origin, ...]) -> Recipe:
         tuple(swap),
         tuple(delegate),
         file.all_figures(),
+        finetune,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..discovery.site import Site
@@ -91,6 +91,20 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class FineTune:
+    """How to train what the recipe converts; see `fdsurgery.param_groups`. None where it does not say."""
+
+    spectrum_lr_scale: float | None = None
+    """Factor of the learning rate for spectra."""
+    modulation_lr_scale: float | None = None
+    """Factor of the learning rate for modulation."""
+
+    def over(self, inherited: FineTune) -> FineTune:
+        """What this one says, and where it does not, what another one says."""
+        return replace(inherited, **{key: value for key, value in vars(self).items() if value is not None})
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Rules for a family of models, inherited ones included. Made by `load_recipe`."""
 
@@ -101,6 +115,7 @@ class Recipe:
     swap: tuple[SwapRule, ...] = ()
     delegate: tuple[Delegate, ...] = ()
     figures: tuple[Figures, ...] = ()
+    finetune: FineTune = field(default_factory=FineTune)
 
     @property
     def rules(self) -> tuple[KeepRule | SwapRule, ...]:

@@ -12,7 +12,7 @@ from fdconv import FDConfig
 from ..errors import RecipeError, near_misses
 from ..operators import get_operator
 from .conditions import Patterns, Where
-from .rules import Delegate, Figures, KeepRule, Match, SwapRule
+from .rules import Delegate, Figures, FineTune, KeepRule, Match, SwapRule
 from .yaml_source import KeyPath, YamlSource
 
 
@@ -67,6 +67,18 @@ class SwapEntry(_Closed):
     """The rule may match no layer."""
 
 
+Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class FineTuneEntry(_Closed):
+    """How to train what the recipe converts."""
+
+    spectrum_lr_scale: Scale | None = None
+    """Factor of the learning rate for spectra, the `dft_weight` of dynamic layers; 1 where no recipe says."""
+    modulation_lr_scale: Scale | None = None
+    """Factor of the learning rate for modulation, their `KSM_*` and `FBM`; 1 where no recipe says."""
+
+
 class FiguresEntry(_Closed):
     """What the recipe does to one model."""
 
@@ -97,6 +109,8 @@ class RecipeFile(_Closed):
     """Layers to swap; the first entry that matches decides."""
     delegate: dict[str, str] = Field(default_factory=dict)
     """Parts of a composite model (globs for module names) and the recipe of each: `auto`, a name or a file."""
+    finetune: FineTuneEntry = FineTuneEntry()
+    """How to train what the recipe converts."""
     figures: tuple[FiguresEntry, ...] = Field(default=(), strict=False)
     """What the recipe does to some models, for readers and tests."""
 
@@ -107,6 +121,10 @@ class RecipeFile(_Closed):
     def all_figures(self) -> tuple[Figures, ...]:
         """The entries of `figures`."""
         return tuple(Figures(**dict(entry)) for entry in self.figures)
+
+    def fine_tuning(self) -> FineTune:
+        """What `finetune` says."""
+        return FineTune(**dict(self.finetune))
 
     def keep_rules(self, source: YamlSource) -> tuple[KeepRule, ...]:
         """The entries of `keep`, each with its place in the file."""
@@ -205,7 +223,8 @@ def _fault(fault: Any, source: YamlSource) -> tuple[tuple[int, int], RecipeError
 
 def _keys_at(path: KeyPath) -> list[str]:
     models: dict[KeyPath, type[BaseModel]] = {(): RecipeFile, ("match",): MatchEntry, ("keep",): KeepEntry}
-    models |= {("swap",): SwapEntry, ("swap", "where"): Where, ("figures",): FiguresEntry}
+    models |= {("swap",): SwapEntry, ("swap", "where"): Where}
+    models |= {("finetune",): FineTuneEntry, ("figures",): FiguresEntry}
     model = models[tuple(step for step in path if isinstance(step, str))]
     return [field.alias or name for name, field in model.model_fields.items()]
 

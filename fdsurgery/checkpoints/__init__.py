@@ -1,0 +1,31 @@
+"""Checkpoints converted on disk: plain ones to dynamic ones, the authors' names to ours and back, shard by shard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .files import Checkpoint, load_tensors, open_checkpoint
+from .fitting import MisfitError, Problem
+from .planning import CheckpointPlan, plan_checkpoint
+from .running import OnBytes, carry_out
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointPlan",
+    "MisfitError",
+    "OnBytes",
+    "Problem",
+    "carry_out",
+    "convert_checkpoint",
+    "load_tensors",
+    "open_checkpoint",
+    "plan_checkpoint",
+]
+
+
+def convert_checkpoint(source: str | Path, destination: str | Path, **options: Any) -> CheckpointPlan:
+    """Plan and carry out the conversion of a checkpoint; see `plan_checkpoint` and `carry_out`."""
+    plan = plan_checkpoint(source, destination, **options)
+    carry_out(plan)
+    return plan

@@ -1,0 +1,222 @@
+"""What the config of a transformers model says of its dynamic layers.
+
+`config.quantization_config` is where transformers looks for somebody who changes a model's layers before its weights
+are read. The description stands there, and goes wherever the config goes: `model.save_pretrained`, `Trainer`, the hub.
+Without this library transformers only warns of an unknown method, and would load plain layers with random weights. So
+`config.fusion_config` holds an entry that it does not know either, and refuses, quoting the entry.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError, SurgeryError, near_misses
+from ..operators import get_operator, operator_of
+
+METHOD = "fdsurgery"
+FORMAT = 1
+NOTICE = "this model has dynamic layers; `pip install fdsurgery`, and `import fdsurgery` before you load it"
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers with the same operator and settings."""
+
+    operator: str
+    settings: dict[str, Any]
+    shapes: dict[str, list[int]]
+    """The shape of each layer's static weight, by the layer's name."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """The dynamic layers of a model: enough to put them into a plain one, whatever recipe they came from."""
+
+    model_class: str
+    """The class in which the layers have these names."""
+    base_model_prefix: str
+    """The name that classes with a head give the base model; a base model itself has no such part."""
+    recipe: str | None
+    """The recipe's name, for the record."""
+    layers: tuple[LayerGroup, ...]
+
+    @staticmethod
+    def of(model: nn.Module, recipe: str | None = None) -> Description:
+        """Describe a transformers model as it is."""
+        groups: dict[str, LayerGroup] = {}
+        for name, layer in model.named_modules():
+            operator = operator_of(layer)
+            if operator is not None:
+                settings = operator.settings_of(layer)
+                key = json.dumps([operator.name, settings], sort_keys=True)
+                group = groups.setdefault(key, LayerGroup(operator.name, settings, {}))
+                group.shapes[name] = _weight_shape(layer)
+        prefix = str(getattr(model, "base_model_prefix", ""))
+        return Description(type(model).__name__, prefix, recipe, tuple(groups.values()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The description as plain JSON types, as it stands in the config."""
+        return {
+            "quant_method": METHOD,
+            "format": FORMAT,
+            "how_to_load": NOTICE,
+            "versions": {"fdsurgery": version("fdsurgery"), "torch": torch.__version__, **_transformers_version()},
+            "model_class": self.model_class,
+            "base_model_prefix": self.base_model_prefix,
+            "recipe": self.recipe,
+            "layers": [asdict(group) for group in self.layers],
+        }
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Description:
+        """Undo `to_dict`.
+
+        Raises:
+            CheckpointError: the description is damaged, of an unknown format, or names an unknown operator or setting.
+        """
+        if data.get("format") != FORMAT:
+            raise CheckpointError(
+                f"quantization_config: expected format {FORMAT}, found {data.get('format')!r}; "
+                "a newer fdsurgery may read it"
+            )
+        try:
+            layers = tuple(_group_from_dict(entry) for entry in data["layers"])
+            recipe = data.get("recipe")
+            description = Description(data["model_class"], data["base_model_prefix"], recipe, layers)
+        except (KeyError, TypeError, AttributeError, SurgeryError) as error:
+            raise CheckpointError(f"quantization_config is damaged: {type(error).__name__}: {error}") from None
+        if not layers:
+            raise CheckpointError("quantization_config is damaged: it names no layers")
+        return description
+
+    def find(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The layers of a model that are described, by their names in the description.
+
+        The model may be of another class than the one described, with another head or without one. Then layers outside
+        the base model need not be there.
+
+        Raises:
+            CheckpointError: the model lacks a layer.
+        """
+        layers = dict(model.named_modules(remove_duplicate=False))
+        found: dict[str, nn.Module] = {}
+        for name in (name for group in self.layers for name in group.shapes):
+            layer = next((layers[other] for other in self._names_elsewhere(name) if other in layers), None)
+            if layer is not None:
+                found[name] = layer
+            elif type(model).__name__ == self.model_class or name.startswith(f"{self.base_model_prefix}."):
+                raise CheckpointError(
+                    f"{type(model).__name__} has no layer {name!r}, which was dynamic in the saved {self.model_class}"
+                    f"{near_misses(name, layers)}"
+                )
+        if not found:
+            raise CheckpointError(
+                f"a {type(model).__name__} has none of the dynamic layers of the saved {self.model_class}"
+            )
+        return found
+
+    def replacements_for(self, model: nn.Module) -> dict[nn.Module, nn.Module]:
+        """A dynamic layer for each plain one that is described.
+
+        Raises:
+            CheckpointError: the model lacks a layer, or has one in its place that cannot be swapped.
+        """
+        found = self.find(model)
+        return {
+            found[name]: _replaced(name, found[name], group)
+            for group in self.layers
+            for name in group.shapes
+            if name in found
+        }
+
+    def unchanged(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Of the layers that `find` finds, those with the shape described."""
+        shapes = {name: shape for group in self.layers for name, shape in group.shapes.items()}
+        return {name: layer for name, layer in self.find(model).items() if _weight_shape(layer) == shapes[name]}
+
+    def _names_elsewhere(self, name: str) -> tuple[str, str, str]:
+        """A layer's name in its own class, in the bare base model, and in a class with a head."""
+        prefix = f"{self.base_model_prefix}."
+        return name, name.removeprefix(prefix), prefix + name
+
+
+def describe(model: nn.Module, recipe: str | None = None) -> None:
+    """Make the configs of a model tell which of its layers are dynamic; of a model without any, that there are none.
+
+    Args:
+        model: any model. Each part of it that is a transformers model with a config of its own describes itself, so
+            that it can be loaded alone.
+        recipe: its name, for the record; by default the one noted before.
+    """
+    for part in _transformers_models(model):
+        description = Description.of(part, recipe or _recorded_recipe(part.config))
+        if description.layers:
+            part.config.quantization_config = description.to_dict()
+            part.config.fusion_config = {**(getattr(part.config, "fusion_config", None) or {}), NOTICE: False}
+        elif is_description(_as_dict(part.config)):
+            del part.config.quantization_config, part.config.fusion_config
+
+
+def is_description(quantization_config: Any) -> bool:
+    """True for a config's `quantization_config` that is ours."""
+    return isinstance(quantization_config, dict) and quantization_config.get("quant_method") == METHOD
+
+
+def is_transformers_model(model: nn.Module) -> bool:
+    """True for models that transformers can save."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    return modeling is not None and isinstance(model, modeling.PreTrainedModel)
+
+
+def _transformers_models(model: nn.Module) -> Iterator[Any]:
+    """The outermost part for each config."""
+    seen: set[int] = set()
+    for part in model.modules():
+        if is_transformers_model(part) and id(part.config) not in seen:
+            seen.add(id(part.config))
+            yield part
+
+
+def _as_dict(config: Any) -> Any:
+    given: Any = getattr(config, "quantization_config", None)
+    return given.to_dict() if hasattr(given, "to_dict") else given
+
+
+def _recorded_recipe(config: Any) -> str | None:
+    given = _as_dict(config)
+    return given.get("recipe") if is_description(given) else None
+
+
+def _group_from_dict(data: dict[str, Any]) -> LayerGroup:
+    shapes = data["shapes"]
+    if not isinstance(shapes, dict) or not all(isinstance(shape, list) for shape in shapes.values()):
+        raise TypeError("shapes must be lists by the names of layers")
+    operator = get_operator(data["operator"])
+    return LayerGroup(operator.name, operator.settings(data["settings"]), shapes)
+
+
+def _weight_shape(layer: nn.Module) -> list[int]:
+    weight: Any = layer.weight
+    return list(weight.shape)
+
+
+def _replaced(name: str, layer: nn.Module, group: LayerGroup) -> nn.Module:
+    if not isinstance(layer, (nn.Conv2d, nn.Linear)):
+        raise CheckpointError(f"{name!r} is a {type(layer).__name__} in this model, not a layer that can be swapped")
+    try:
+        return get_operator(group.operator).replace(layer, group.settings)
+    except Exception as error:
+        raise CheckpointError(f"{name!r} cannot be made dynamic: {type(error).__name__}: {error}") from error
+
+
+def _transformers_version() -> dict[str, str]:
+    library = sys.modules.get("transformers")
+    return {} if library is None else {"transformers": str(library.__version__)}

@@ -1,0 +1,177 @@
+"""Converted models saved and loaded as transformers' users do it; other models go the way of `fdsurgery.save`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from . import checkpoint
+from .errors import CheckpointError, SurgeryError, near_misses
+from .huggingface.card import model_card
+from .huggingface.description import describe, is_description, is_transformers_model
+from .operators import operator_of
+from .planning import Plan
+
+CONFIG = "config.json"
+CARD = "README.md"
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+
+
+def save_pretrained(model: nn.Module, folder: str | Path, *, plan: Plan | None = None, **kwargs: Any) -> Path:
+    """Save a converted model so that `from_pretrained` builds it again, in a fresh process and on any device.
+
+    A transformers model becomes a folder as transformers writes it: `config.json` names the dynamic layers with their
+    settings, and a model card is added where there is none. `AutoModel...from_pretrained` loads it once `fdsurgery` is
+    imported. Other models are saved by `fdsurgery.save`.
+
+    Args:
+        model: the converted model, trained or not.
+        folder: made if need be. Its other files stay; weights of an earlier save are replaced once all is written.
+        plan: kept for the record of which rule swapped what.
+        **kwargs: passed to transformers' `save_pretrained`, e.g. `max_shard_size`, or to `fdsurgery.save`, e.g.
+            `source`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: the model has no dynamic layers, or the folder cannot be written; it is then as it was.
+    """
+    folder = Path(folder)
+    if not is_transformers_model(model):
+        return checkpoint.save(model, folder, plan=plan, **kwargs)
+    if all(operator_of(layer) is None for layer in model.modules()):
+        raise CheckpointError("the model has no dynamic layers; convert it first, or save it as you would without us")
+    if kwargs.get("push_to_hub"):
+        raise CheckpointError("save_pretrained writes folders; upload the folder, or call model.push_to_hub")
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; give a folder")
+    describe(model, None if plan is None else plan.recipe)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            fresh = Path(scratch) / "fresh"
+            model.save_pretrained(fresh, **kwargs)  # type: ignore[operator]
+            if not (folder / CARD).exists():
+                (fresh / CARD).write_text(model_card(model, plan), encoding="utf-8")
+            _move_into(folder, fresh)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be written: {_first_line(error)}") from error
+    return folder
+
+
+def from_pretrained(folder_or_repo: str | Path, **kwargs: Any) -> nn.Module:
+    """Build a converted model again, in eval mode, from what `save_pretrained`, `save` or transformers has written.
+
+    A transformers model comes back in the class it was saved in. For another head, import `fdsurgery` and call that
+    class: `AutoModelForSemanticSegmentation.from_pretrained(folder)`.
+
+    Args:
+        folder_or_repo: a folder, or a repository of the Hugging Face hub.
+        **kwargs: passed to transformers' `from_pretrained`, e.g. `dtype`, `device_map` or `num_labels`; for a folder
+            written by `fdsurgery.save`, to `fdsurgery.load`. `revision`, `token`, `cache_dir`, `force_download` and
+            `local_files_only` choose what is downloaded.
+
+    Returns:
+        The converted model.
+
+    Raises:
+        CheckpointError: there is no such folder or repository, it holds no converted model, or it is damaged.
+        SourceError: for a folder of `fdsurgery.save`, the library that the model comes from is not installed.
+    """
+    folder = _local(folder_or_repo, {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs})
+    config = _read_config(folder)
+    if not is_description(config.get("quantization_config")):
+        if config and not (folder / checkpoint.DESCRIPTION).exists():
+            raise CheckpointError(
+                f"{folder} holds a plain model: its {CONFIG} names no dynamic layers; load it with transformers, then "
+                "convert it"
+            )
+        return checkpoint.load(folder, **kwargs)
+    model_class = _model_class(folder, config)
+    try:
+        model, info = model_class.from_pretrained(folder, output_loading_info=True, **kwargs)
+    except SurgeryError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(f"{folder}: the weights lack {len(missing)} tensor(s) of the model, {missing[0]!r} first")
+    return model
+
+
+def _move_into(folder: Path, fresh: Path) -> None:
+    """Put new files in the place of those of an earlier save; the config last, for without it nothing is loaded."""
+    if not folder.exists():
+        os.replace(fresh, folder)
+        return
+    new = {path.name for path in fresh.iterdir()}
+    for path in sorted(fresh.iterdir(), key=lambda path: path.name == CONFIG):
+        os.replace(path, folder / path.name)
+    if any(map(_WEIGHTS.fullmatch, new)):  # else they are of a variant, which stands beside others
+        for path in list(folder.iterdir()):
+            if path.name not in new and (_WEIGHTS.fullmatch(path.name) or path.name == checkpoint.DESCRIPTION):
+                path.unlink()
+
+
+def _local(folder_or_repo: str | Path, download: dict[str, Any]) -> Path:
+    if Path(folder_or_repo).is_dir():
+        return Path(folder_or_repo)
+    hub = _imported("huggingface_hub")
+    try:
+        return Path(
+            hub.snapshot_download(str(folder_or_repo), allow_patterns=["*.json", "*.safetensors", CARD], **download)
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder_or_repo} is no folder here, and no repository that can be fetched: {_first_line(error)}"
+        ) from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The config of a transformers model; empty where there is none."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} cannot be read: it holds a {type(config).__name__}, not a config")
+    return config
+
+
+def _model_class(folder: Path, config: dict[str, Any]) -> Any:
+    transformers = _imported("transformers")
+    name = str((config.get("architectures") or [config["quantization_config"].get("model_class")])[0])
+    model_class = getattr(transformers, name, None)
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        known = [entry for entry in dir(transformers) if entry.endswith(("Model", "Classification", "Segmentation"))]
+        raise CheckpointError(
+            f"{folder / CONFIG}: transformers {transformers.__version__} has no model class {name!r}"
+            f"{near_misses(name, known)} If the class is your own, call its from_pretrained"
+        )
+    return model_class
+
+
+def _imported(library: str) -> Any:
+    try:
+        return importlib.import_module(library)
+    except ImportError as error:
+        raise CheckpointError(f"{library} is not installed ({error}); pip install 'fdsurgery[hf]'") from None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[0]
