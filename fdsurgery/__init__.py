@@ -5,6 +5,7 @@ from .discovery import Site, sites
 from .errors import (
     CheckpointError,
     DiscoveryError,
+    FineTuningError,
     PlanError,
     RecipeError,
     RewriteError,
@@ -28,6 +29,7 @@ __all__ = [
     "CheckpointError",
     "Decision",
     "DiscoveryError",
+    "FineTuningError",
     "Plan",
     "PlanError",
     "Recipe",

@@ -30,6 +30,10 @@ class RewriteError(SurgeryError):
     """The swap failed; the model was put back as it was."""
 
 
+class FineTuningError(SurgeryError):
+    """No parameter is what was asked for, or an optimizer does not fit the model."""
+
+
 class CheckpointError(SurgeryError):
     """A saved model cannot be written or read."""
 

@@ -14,7 +14,7 @@ from torch import nn
 from fdconv import FDConv2d, FDLinear
 from fdconv.bands import BandEdges
 
-from .errors import SurgeryError, UnsupportedModelError, near_misses
+from .errors import FineTuningError, UnsupportedModelError, near_misses
 from .recipe import Recipe, detect_recipe, load_recipe
 
 Part = Literal["spectrum", "modulation", "other"]
@@ -138,7 +138,7 @@ def freeze(model: nn.Module, train: str | Sequence[str]) -> list[str]:
         Names of the parameters that train, in the model's order.
 
     Raises:
-        SurgeryError: a word or pattern means no parameter, or there is none. Nothing was changed.
+        FineTuningError: a word or pattern means no parameter, or there is none. Nothing was changed.
     """
     entries = list(_entries(model))
     names: dict[nn.Parameter, list[str]] = {}
@@ -148,10 +148,10 @@ def freeze(model: nn.Module, train: str | Sequence[str]) -> list[str]:
     for wanted in [train] if isinstance(train, str) else train:
         meant = {entry.parameter for entry in entries if _is_meant(wanted, entry, names[entry.parameter])}
         if not meant:
-            raise SurgeryError(_nothing_meant(wanted, entries))
+            raise FineTuningError(_nothing_meant(wanted, entries))
         trained |= meant
     if not trained:
-        raise SurgeryError(f"nothing would train: give one or more of {', '.join(SELECTIONS)} and name patterns")
+        raise FineTuningError(f"nothing would train: give one or more of {', '.join(SELECTIONS)} and name patterns")
     for entry in entries:
         entry.parameter.requires_grad_(entry.parameter in trained)
     return [entry.name for entry in entries if entry.parameter in trained]
@@ -181,21 +181,21 @@ def optimizer_after_surgery(optimizer: OptimizerT, model: nn.Module, before: Map
         The same object.
 
     Raises:
-        SurgeryError: the optimizer is LBFGS or Muon, or not of this model; `before` is not from before the
+        FineTuningError: the optimizer is LBFGS or Muon, or not of this model; `before` is not from before the
             conversion; or the model has other new parameters than those of dynamic layers. Nothing was changed.
     """
     if isinstance(optimizer, torch.optim.LBFGS):
-        raise SurgeryError("LBFGS has one history for all parameters together; make a new one after the conversion")
+        raise FineTuningError("LBFGS has one history for all parameters together; make a new one after the conversion")
     if isinstance(optimizer, getattr(torch.optim, "Muon", ())):
-        raise SurgeryError("Muon takes matrices only, and a spectrum is none; make a new one after the conversion")
+        raise FineTuningError("Muon takes matrices only, and a spectrum is none; make a new one after the conversion")
     entries = list(_entries(model))
     present = {entry.parameter for entry in entries}
     departed = {name: parameter for name, parameter in before.items() if parameter not in present}
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     if held.isdisjoint(before.values()) and held.isdisjoint(present):
-        raise SurgeryError("the optimizer holds no parameter of this model")
+        raise FineTuningError("the optimizer holds no parameter of this model")
     if not departed:
-        raise SurgeryError(
+        raise FineTuningError(
             "no parameter of `before` has left the model: take `before = dict(model.named_parameters())` "
             "before the conversion, and call this after it"
         )
@@ -323,7 +323,7 @@ def _predecessor(entry: _Entry, departed: Mapping[str, nn.Parameter]) -> str:
         inside = [name for name in departed if name.startswith(_joined(entry.layer, ""))]
         if inside:
             return inside[0]
-    raise SurgeryError(
+    raise FineTuningError(
         f"{entry.name!r} is a new parameter, and `before` has none that a dynamic layer replaced there; make other "
         "changes to the model after this call, and give their parameters to optimizer.add_param_group"
     )

@@ -30,7 +30,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import fdsurgery
-from fdsurgery import SurgeryError
+from fdsurgery import CheckpointError, SurgeryError
 from fdsurgery.checkpoints import CheckpointPlan, convert_checkpoint, load_tensors, plan_checkpoint, running
 from fdsurgery.cli import app
 
@@ -485,6 +485,43 @@ def test_killed_at_every_point(
         at += 1
     assert at > 30 and seen["older"] > 20 and seen["new"] > 0
     print(f"\nkilled at each of {at} points: {seen}")
+
+
+def test_killed_where_folders_are_exchanged_in_two_steps(
+    spec: str, state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "_renameat2_exchange", lambda one, other: False)  # other systems than Linux
+    out = tmp_path / "out"
+    save_sharded({name: value + 1 for name, value in state.items()}, tmp_path / "older")
+    save_sharded(state, tmp_path / "in")
+    convert_checkpoint(tmp_path / "older", out, model=spec, recipe="generic")
+    older = content(out)
+    plan = plan_checkpoint(tmp_path / "in", out, model=spec, recipe="generic")
+
+    def between() -> None:
+        replace = os.replace
+
+        def replace_once(source: Any, target: Any) -> None:
+            replace(source, target)
+            if Path(target).name == "older":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.replace = replace_once  # type: ignore[assignment]
+        running.carry_out(plan)
+
+    assert in_a_child(between) == -signal.SIGKILL
+    assert not out.exists()
+
+    def failing(*_: object) -> None:
+        raise CheckpointError("it fails again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(running, "_write_all", failing)
+        with pytest.raises(CheckpointError, match="it fails again"):
+            running.carry_out(plan)
+    assert content(out) == older
+    running.carry_out(plan)
+    assert content(out) != older
 
 
 def test_killed_at_random_moments_it_goes_on(spec: str, state: dict[str, Tensor], tmp_path: Path) -> None:

@@ -58,6 +58,8 @@ def carry_out(plan: CheckpointPlan, on_bytes: OnBytes = lambda count: None) -> P
     scratch = destination.parent / f".{destination.name}.partial"
     try:
         _check_ours(scratch)
+        if (scratch / _OLDER).exists() and not destination.exists():  # killed between the two steps of `_exchange`
+            os.replace(scratch / _OLDER, destination)
         try:
             content = _begin(scratch, _fingerprint(plan))
             _write_all(content, plan, on_bytes)
