@@ -142,6 +142,8 @@ def _triton_convolves(shape: WeightShape, conv: Convolution | None) -> bool:
 
 def _triton_per_sample(x: Tensor, weight: Tensor, conv: Convolution | None) -> Tensor:
     assert conv is not None
+    if weight.shape[0] == 1:  # one for all samples, which is a plain convolution
+        return per_sample(x, weight, conv)
     return triton_kernels.conv2d_per_sample(x, weight, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 

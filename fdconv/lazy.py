@@ -32,12 +32,16 @@ _METADATA: set[Any] = {
     Tensor.__len__,
 }
 
+_ASSIGNMENT = Tensor.data.__set__  # type: ignore[attr-defined]
+"""`weight.data = x`, and the end of `weight.data += x`: with it, merged adapters would vanish without a word."""
+
 
 class LazyTensor(torch.Tensor):
     """Stands for `compute()`, which runs at the first use of its values and again at every later one.
 
     Code that only asks for the metadata of a layer's weight (`layer.weight.dtype`, as many models do in every forward)
-    costs nothing. Writing into it (`nn.init.normal_(layer.weight)`) changes a temporary and does no harm.
+    costs nothing. Writing into it (`nn.init.normal_(layer.weight)`) changes a temporary and does no harm; assigning to
+    its `data` raises.
     """
 
     _compute: Callable[[], Tensor]
@@ -54,6 +58,11 @@ class LazyTensor(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs)
+        if func == _ASSIGNMENT:
+            raise RuntimeError(
+                "the weight of a dynamic layer is computed from its spectrum: what is assigned to its data would be lost; "
+                "call the layer's set_weight"
+            )
         args, kwargs = tree_map_only(LazyTensor, lambda lazy: lazy._compute(), (args, kwargs or {}))
         return func(*args, **kwargs)
 

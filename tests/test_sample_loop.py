@@ -26,6 +26,10 @@ CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
     ),
     "no local branch": (lambda: FDConv2d(6, 9, 3, dilation=2, config=FDConfig(ksm_local=False)), (3, 6, 9, 11)),
     "no groups of frequencies": (lambda: FDConv2d(6, 9, 3, config=FDConfig(kernel_num=1)), (3, 6, 5, 5)),
+    "neither branch": (
+        lambda: FDConv2d(6, 9, 3, config=FDConfig(ksm_global=False, ksm_local=False)),
+        (3, 6, 5, 5),
+    ),
     "one channel": (lambda: FDConv2d(1, 1, 3, padding=1), (2, 1, 4, 4)),
     "linear": (lambda: FDLinear(24, 33), (5, 7, 24)),
     "linear, many positions": (lambda: FDLinear(13, 5, bias=False), (3, 4, 2, 13)),
@@ -71,10 +75,12 @@ def test_it_is_what_serves_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("not through the loop")
 
     monkeypatch.setattr("fdconv.functional.sample_weights", fail)
-    for build, shape in CASES.values():
-        build()(torch.randn(shape))
-    with pytest.raises(AssertionError, match="through the loop"):
-        FDConv2d(4, 4, 3, config=FDConfig(kernel_num=1, ksm_global=False, ksm_local=False))(torch.randn(1, 4, 5, 5))
+    for name, (build, shape) in CASES.items():
+        if name == "neither branch":  # one weight for all samples
+            with pytest.raises(AssertionError, match="through the loop"):
+                build()(torch.randn(shape))
+        else:
+            build()(torch.randn(shape))
 
 
 def test_gradients_by_differences_and_second_derivatives() -> None:
