@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .errors import CheckpointError, SurgeryError, near_misses
-from .huggingface.description import describe
+from .huggingface.description import Origin, describe
 from .operators import get_operator, operator_of
 from .planning import Plan
 from .rewrite.tree import swapped
@@ -81,14 +81,7 @@ def save(model: nn.Module, folder: str | Path, *, source: Source | None = None, 
             fresh.mkdir()
             save_file(tensors, str(fresh / WEIGHTS), metadata={"format": "pt"})
             (fresh / DESCRIPTION).write_text(text, encoding="utf-8")
-            if folder.exists():
-                os.replace(folder, old)
-            try:
-                os.replace(fresh, folder)
-            except OSError:
-                if old.exists():
-                    os.replace(old, folder)
-                raise
+            _put_in_place(fresh, folder, old)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
     return folder
@@ -131,8 +124,36 @@ def load(folder: str | Path, *, model: nn.Module | None = None, device: torch.de
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise CheckpointError(f"{folder / WEIGHTS} does not fit the model: {' '.join(lines[:3])}") from error
     plan = description.get("plan")
-    describe(model, plan.get("recipe") if isinstance(plan, dict) else None)
+    describe(model, Origin(plan.get("recipe")) if isinstance(plan, dict) else None)
     return model.to(device).eval()
+
+
+def _put_in_place(fresh: Path, folder: Path, old: Path) -> None:
+    """Replace a save. A process that is killed leaves either one; only between saves of two models there is a moment
+    at which the older one is still, or already, beside the folder."""
+    if _describe_the_same(fresh, folder):  # as in training: then either description fits either file of weights
+        for name in (WEIGHTS, DESCRIPTION):
+            os.replace(fresh / name, folder / name)
+        return
+    if folder.exists():
+        os.replace(folder, old)
+    try:
+        os.replace(fresh, folder)
+    except OSError:
+        if old.exists():
+            os.replace(old, folder)
+        raise
+
+
+def _describe_the_same(fresh: Path, folder: Path) -> bool:
+    """True if a folder holds a save, and nothing else, of a model with the same source and layers."""
+    if not folder.exists() or {path.name for path in folder.iterdir()} != {WEIGHTS, DESCRIPTION}:
+        return False
+    try:
+        ours, theirs = (_read_description(one) for one in (fresh, folder))
+    except CheckpointError:
+        return False
+    return all(ours[key] == theirs[key] for key in ("format", "source", "layers"))
 
 
 def _tensors_once(model: nn.Module) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from torch import nn
 from . import checkpoint
 from .errors import CheckpointError, SurgeryError, near_misses
 from .huggingface.card import model_card
-from .huggingface.description import describe, is_description, is_transformers_model
+from .huggingface.description import Origin, describe, is_description, is_transformers_model
 from .operators import operator_of
 from .planning import Plan
 
@@ -55,7 +55,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, plan: Plan | None =
         raise CheckpointError("save_pretrained writes folders; upload the folder, or call model.push_to_hub")
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; give a folder")
-    describe(model, None if plan is None else plan.recipe)
+    describe(model, None if plan is None else Origin.of(plan))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from .discovery import observe
 from .errors import PlanError, RewriteError, UnsupportedModelError, near_misses
-from .huggingface.description import describe
+from .huggingface.description import Origin, describe
 from .operators import get_operator, operator_of
 from .planning import Decision, Plan, plan, why_nothing
 from .recipe import Recipe
@@ -82,7 +82,7 @@ def apply(plan: Plan, model: nn.Module) -> nn.Module:
             raise RewriteError(f"{decision.site.name}: {type(error).__name__}: {error}; nothing was changed") from error
     with swapped(model, replacements):
         _check_in_use(model, plan)
-    describe(model, plan.recipe)
+    describe(model, Origin.of(plan))
     return model
 
 

@@ -477,6 +477,10 @@ def test_the_card_says_what_it_is_and_yours_stays(tmp_path: Path) -> None:
     added = sum(parameter.numel() for parameter in model.parameters()) - before
     for fact in ("import fdsurgery", "pip install", "recipe: `vit`", "dynamic layers: 4", f"{added:,} were added"):
         assert fact in card
+    added = plan.multiply_adds_added
+    assert added > 0
+    total = f"{(plan.multiply_adds + added) / 1e6:.2f} M, of which {added / 1e6:.2f} M were added"
+    assert f"multiply-adds for one sample: {total}" in card
     assert "| fdconv | 4 | `vit.layers.0.mlp.fc1` | kernel_num=8 |" in card
     (tmp_path / "saved" / "README.md").write_text("mine")
     loaded = fdsurgery.from_pretrained(tmp_path / "saved")
@@ -484,6 +488,11 @@ def test_the_card_says_what_it_is_and_yours_stays(tmp_path: Path) -> None:
     assert (tmp_path / "saved" / "README.md").read_text() == "mine"
     fdsurgery.save_pretrained(loaded, tmp_path / "again")
     assert "recipe: `vit`" in (tmp_path / "again" / "README.md").read_text(), "the recipe is remembered"
+    assert total in (tmp_path / "again" / "README.md").read_text(), "and what it costs"
+    other = transformers.ViTModel.from_pretrained(tmp_path / "again")
+    fdsurgery.save_pretrained(other, tmp_path / "other")
+    assert "recipe: `vit`" in (tmp_path / "other" / "README.md").read_text()
+    assert "multiply-adds" not in (tmp_path / "other" / "README.md").read_text(), "another class costs something else"
 
 
 def test_the_config_tells_of_dynamic_layers_only_while_there_are_any(tmp_path: Path) -> None:

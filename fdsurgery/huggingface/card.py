@@ -8,6 +8,7 @@ from torch import nn
 
 from ..operators import get_operator, operator_of
 from ..planning import Plan
+from ..report import in_units
 from .description import Description, LayerGroup
 
 
@@ -22,13 +23,19 @@ def model_card(model: nn.Module, plan: Plan | None) -> str:
     description = Description.from_dict(config.quantization_config)
     total = sum(parameter.numel() for parameter in model.parameters())
     added = sum(_parameters_added(layer) for layer in model.modules() if operator_of(layer) is not None)
+    origin = description.origin
     facts = [
         f"- class: `{description.model_class}` of transformers (`{config.model_type}`)",
-        *([f"- recipe: `{description.recipe}`"] if description.recipe else []),
+        *([f"- recipe: `{origin.recipe}`"] if origin.recipe else []),
         *([f"- plan: {plan.summary()}"] if plan is not None else []),
         f"- dynamic layers: {sum(len(group.shapes) for group in description.layers)}",
         f"- parameters: {total:,}, of which {added:,} were added by the dynamic layers",
     ]
+    if origin.multiply_adds and origin.multiply_adds_added:
+        facts.append(
+            f"- multiply-adds for one sample: {in_units(origin.multiply_adds + origin.multiply_adds_added)}, of which "
+            f"{in_units(origin.multiply_adds_added)} were added by the dynamic layers"
+        )
     groups = [
         f"| {group.operator} | {len(group.shapes)} | `{next(iter(group.shapes))}` | {_unusual_settings(group)} |"
         for group in description.layers

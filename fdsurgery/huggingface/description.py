@@ -11,15 +11,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..errors import CheckpointError, SurgeryError, near_misses
 from ..operators import get_operator, operator_of
+
+if TYPE_CHECKING:
+    from ..planning import Plan
 
 METHOD = "fdsurgery"
 FORMAT = 1
@@ -37,6 +40,23 @@ class LayerGroup:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What is on record of a conversion; None where it is not known."""
+
+    recipe: str | None = None
+    """The recipe's name."""
+    multiply_adds: int | None = None
+    """Of the plain model, for one sample at its own size."""
+    multiply_adds_added: int | None = None
+    """By the dynamic layers."""
+
+    @staticmethod
+    def of(plan: Plan) -> Origin:
+        """What a plan tells."""
+        return Origin(plan.recipe, plan.multiply_adds or None, plan.multiply_adds_added or None)
+
+
+@dataclass(frozen=True)
 class Description:
     """The dynamic layers of a model: enough to put them into a plain one, whatever recipe they came from."""
 
@@ -44,12 +64,11 @@ class Description:
     """The class in which the layers have these names."""
     base_model_prefix: str
     """The name that classes with a head give the base model; a base model itself has no such part."""
-    recipe: str | None
-    """The recipe's name, for the record."""
+    origin: Origin
     layers: tuple[LayerGroup, ...]
 
     @staticmethod
-    def of(model: nn.Module, recipe: str | None = None) -> Description:
+    def of(model: nn.Module, origin: Origin) -> Description:
         """Describe a transformers model as it is."""
         groups: dict[str, LayerGroup] = {}
         for name, layer in model.named_modules():
@@ -60,7 +79,7 @@ class Description:
                 group = groups.setdefault(key, LayerGroup(operator.name, settings, {}))
                 group.shapes[name] = _weight_shape(layer)
         prefix = str(getattr(model, "base_model_prefix", ""))
-        return Description(type(model).__name__, prefix, recipe, tuple(groups.values()))
+        return Description(type(model).__name__, prefix, origin, tuple(groups.values()))
 
     def to_dict(self) -> dict[str, Any]:
         """The description as plain JSON types, as it stands in the config."""
@@ -71,7 +90,7 @@ class Description:
             "versions": {"fdsurgery": version("fdsurgery"), "torch": torch.__version__, **_transformers_version()},
             "model_class": self.model_class,
             "base_model_prefix": self.base_model_prefix,
-            "recipe": self.recipe,
+            **asdict(self.origin),
             "layers": [asdict(group) for group in self.layers],
         }
 
@@ -89,8 +108,8 @@ class Description:
             )
         try:
             layers = tuple(_group_from_dict(entry) for entry in data["layers"])
-            recipe = data.get("recipe")
-            description = Description(data["model_class"], data["base_model_prefix"], recipe, layers)
+            origin = _origin_from_dict(data)
+            description = Description(data["model_class"], data["base_model_prefix"], origin, layers)
         except (KeyError, TypeError, AttributeError, SurgeryError) as error:
             raise CheckpointError(f"quantization_config is damaged: {type(error).__name__}: {error}") from None
         if not layers:
@@ -137,6 +156,10 @@ class Description:
             if name in found
         }
 
+    def origin_for(self, model: nn.Module) -> Origin:
+        """What holds of a model that was built from this; another class with another head costs something else."""
+        return self.origin if type(model).__name__ == self.model_class else Origin(self.origin.recipe)
+
     def unchanged(self, model: nn.Module) -> dict[str, nn.Module]:
         """Of the layers that `find` finds, those with the shape described."""
         shapes = {name: shape for group in self.layers for name, shape in group.shapes.items()}
@@ -148,16 +171,18 @@ class Description:
         return name, name.removeprefix(prefix), prefix + name
 
 
-def describe(model: nn.Module, recipe: str | None = None) -> None:
+def describe(model: nn.Module, origin: Origin | None = None) -> None:
     """Make the configs of a model tell which of its layers are dynamic; of a model without any, that there are none.
 
     Args:
         model: any model. Each part of it that is a transformers model with a config of its own describes itself, so
             that it can be loaded alone.
-        recipe: its name, for the record; by default the one noted before.
+        origin: for the record; by default what was noted before.
     """
     for part in _transformers_models(model):
-        description = Description.of(part, recipe or _recorded_recipe(part.config))
+        noted = origin or _recorded_origin(part.config)
+        # What is told of the whole model says nothing of the costs of a part.
+        description = Description.of(part, noted if part is model or origin is None else Origin(noted.recipe))
         if description.layers:
             part.config.quantization_config = description.to_dict()
             part.config.fusion_config = {**(getattr(part.config, "fusion_config", None) or {}), NOTICE: False}
@@ -190,9 +215,13 @@ def _as_dict(config: Any) -> Any:
     return given.to_dict() if hasattr(given, "to_dict") else given
 
 
-def _recorded_recipe(config: Any) -> str | None:
+def _recorded_origin(config: Any) -> Origin:
     given = _as_dict(config)
-    return given.get("recipe") if is_description(given) else None
+    return _origin_from_dict(given) if is_description(given) else Origin()
+
+
+def _origin_from_dict(data: dict[str, Any]) -> Origin:
+    return Origin(*(data.get(entry.name) for entry in fields(Origin)))
 
 
 def _group_from_dict(data: dict[str, Any]) -> LayerGroup:

@@ -60,7 +60,7 @@ class DynamicLayersQuantizer(HfQuantizer):  # type: ignore[misc]
         description = self.quantization_config.description
         _check_read(model, description)
         _forget_quantization(model)
-        describe(model, description.recipe)
+        describe(model, description.origin_for(model))
         return model
 
     def is_serializable(self) -> bool:
