@@ -18,6 +18,7 @@ from .composite import (
     sample_weights,
 )
 from .cpu import is_transformed
+from .memory import Explained
 from .modulation import Factors
 from .precision import without_autocast
 
@@ -73,6 +74,7 @@ def frequency_dynamic(
 
     Raises:
         ValueError: there is no such backend, or Triton was asked for and cannot serve: no device for it, or float64.
+        torch.OutOfMemoryError: torch's own, with what to lower.
     """
     device = x.device.type
     autocast = torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -80,7 +82,7 @@ def frequency_dynamic(
         dtype = torch.get_autocast_dtype(device)
         x = x.to(dtype)
     backend = _backend if backend is None else _known(backend)
-    with without_autocast(x.device):
+    with without_autocast(x.device), Explained(x, shape):
         if _triton_serves(x, spectra, backend):
             make = partial(_triton_weights, frequency_group=frequency_group, shape=shape, dtype=dtype)
             convolve = _triton_per_sample if _triton_convolves(shape, conv) else per_sample
@@ -163,7 +165,7 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, *rest = ctx.saved_tensors
         wanted = [position for position, need in enumerate(ctx.needs_input_grad[3:]) if need]
-        with without_autocast(x.device):
+        with without_autocast(x.device), Explained(x, ctx.make.keywords["shape"]):
             if torch.is_grad_enabled():  # somebody will differentiate the gradients
                 spectra, *given = rest
                 group, shape = ctx.make.keywords["frequency_group"], ctx.make.keywords["shape"]

@@ -60,7 +60,7 @@ class LazyTensor(torch.Tensor):
             return super().__torch_function__(func, types, args, kwargs)
         if func == _ASSIGNMENT:
             raise RuntimeError(
-                "the weight of a dynamic layer is computed from its spectrum: what is assigned to its data would be lost; "
+                "the weight of a dynamic layer is computed from its spectrum: what is assigned would be lost; "
                 "call the layer's set_weight"
             )
         args, kwargs = tree_map_only(LazyTensor, lambda lazy: lazy._compute(), (args, kwargs or {}))

@@ -1,5 +1,6 @@
 """Swap the convolutions and FFN linears of a vision model for dynamic ones, without changing what it computes."""
 
+from .adapters import registration as _peft_registration
 from .checkpoint import load, save
 from .discovery import Site, sites
 from .errors import (
@@ -19,11 +20,14 @@ from .pretrained import from_pretrained, save_pretrained
 from .recipe import Recipe, load_recipe, shipped_recipes
 from .sources import Source
 from .surgery import apply, convert, restore
+from .timm_models import registration as _timm_registration
 from .verification import Verification, settle_, verify
 
 __version__ = "0.1.0"
 
 _registration.register()
+_timm_registration.register()
+_peft_registration.register()
 
 __all__ = [
     "CheckpointError",

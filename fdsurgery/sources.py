@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from .errors import CheckpointError, SurgeryError, near_misses
+from .timm_models import SUFFIX
 
 FORMS = "timm:NAME, hf:REPO_OR_FOLDER, transformers:CLASS, torchvision:NAME or FILE.py:FUNCTION"
 _EXTRAS = {"timm": "timm", "transformers": "hf", "torchvision": "torchvision"}
@@ -106,7 +107,7 @@ def infer(model: nn.Module) -> Source:
     cfg = getattr(model, "pretrained_cfg", None)
     if library == "timm" and cfg and cfg.get("architecture"):
         arguments = {"num_classes": model.num_classes} if hasattr(model, "num_classes") else {}
-        return Source("timm", cfg["architecture"], arguments)
+        return Source("timm", cfg["architecture"].removesuffix(SUFFIX), arguments)
     raise CheckpointError(
         f"a {type(model).__name__} does not say how it was built; pass source=, a fdsurgery.Source such as "
         'Source("torchvision", "resnet50") or Source("file", "models.py:build")'

@@ -459,6 +459,37 @@ def test_what_stands_in_the_way_is_told() -> None:
         assert reason in sites[name].obstacle, (name, sites[name].obstacle)
 
 
+class Folded(nn.Module):
+    """FFNs on 9 positions before the samples, and on parts as if each were a sample: 4 strips, then 64 patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 2, 2)
+        self.strips = nn.ModuleList([nn.Linear(8, 16), nn.Linear(16, 8)])
+        self.patches = nn.ModuleList([nn.Linear(8, 16), nn.Linear(16, 8)])
+        self.on_patches = nn.Conv2d(8, 8, 1)
+        self.positions_first = nn.ModuleList([nn.Linear(8, 16), nn.Linear(16, 8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        tokens = x.flatten(2).permute(2, 0, 1)[:9]
+        x = x + self.positions_first[1](self.positions_first[0](tokens).relu()).mean(0)[..., None, None]
+        rows = x.unflatten(2, (4, 4)).permute(0, 2, 3, 4, 1).flatten(0, 1)  # (4B, 4, 16, C)
+        rows = rows + self.strips[1](self.strips[0](rows).relu())
+        patches = rows.unflatten(2, (4, 4)).unflatten(0, (-1, 4)).flatten(1, 3).flatten(0, 1)  # (64B, 4, C)
+        patches = patches + self.patches[1](self.patches[0](patches).relu())
+        return self.on_patches(patches.transpose(1, 2).unflatten(2, (2, 2))).unflatten(0, (-1, 64)).mean((1, 3, 4))
+
+
+def test_samples_that_are_not_the_first_axis() -> None:
+    sites = by_name(Folded(), torch.randn(2, 3, 32, 32))
+    folded = {name for name, site in sites.items() if "64 parts of every sample" in (site.obstacle or "")}
+    assert folded == {"patches.0", "patches.1", "on_patches"}
+    second = {name for name, site in sites.items() if "samples second" in (site.obstacle or "")}
+    assert second == {"positions_first.0", "positions_first.1"}
+    assert sites["strips.0"].obstacle is None and sites["strips.0"].role == "expand"
+
+
 def test_a_model_that_is_one_layer_offers_nothing_to_swap() -> None:
     (site,) = fdsurgery.sites(nn.Conv2d(3, 8, 3))
     assert (site.name, site.calls) == ("", 1) and "whole model" in site.obstacle

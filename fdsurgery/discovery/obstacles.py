@@ -12,6 +12,9 @@ from .effective import effective_layer
 from .flow import Flow, Node, layer_input, shape_of
 from .ops import LAYOUT
 
+MOST_WEIGHTS = 32
+"""Of one layer for one sample of the model, such as one for each frame of a video."""
+
 _TAKE_AFTER = {"to", "type_as", "view_as", "reshape_as", "expand_as"}
 
 
@@ -113,4 +116,17 @@ def _of_its_input(flow: Flow, name: str) -> str | None:
         return "its input is one pixel: it costs nothing and offers nothing to adapt to"
     if not any(given in flow.from_input for given in inputs):
         return "its input does not depend on the model's input, so there is nothing to adapt to"
+    return _of_its_axes(
+        [shape_of(given) or () for given in inputs], flow.batch, isinstance(flow.layers[name], nn.Conv2d)
+    )
+
+
+def _of_its_axes(shapes: list[tuple[int, ...]], batch: int, is_conv: bool) -> str | None:
+    """Why the first axis of a layer's input is not that of the samples, each of which is given a weight of its own."""
+    for shape in shapes:
+        if not is_conv and len(shape) > 2 and shape[1] == batch != shape[0]:  # queries of Mask2Former
+            return f"its input {shape} has positions first and samples second; a weight would be one position's"
+        weights = shape[0] // batch if len(shape) > (3 if is_conv else 1) else 0
+        if weights > MOST_WEIGHTS:  # time in place of space as in VideoPrism, pixels of a patch as in TNT, boxes
+            return f"its batch axis holds {weights} parts of every sample, and each would be given a weight of its own"
     return None
