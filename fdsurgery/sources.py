@@ -126,10 +126,21 @@ def _create_timm(name: str, pretrained: bool, **arguments: Any) -> nn.Module:
 
 
 def _torchvision(name: str, pretrained: bool) -> tuple[nn.Module, Source]:
-    return _create_torchvision(name, pretrained), Source("torchvision", name)
+    model = _create_torchvision(name, pretrained)
+    frozen_norm = _import("torchvision").ops.FrozenBatchNorm2d
+    epsilons = {module.eps for module in model.modules() if isinstance(module, frozen_norm)}
+    return model, Source("torchvision", name, {"frozen_norms": epsilons.pop()} if epsilons else {})
 
 
-def _create_torchvision(name: str, pretrained: bool, **arguments: Any) -> nn.Module:
+def _create_torchvision(name: str, pretrained: bool, frozen_norms: float | None = None, **arguments: Any) -> nn.Module:
+    """A torchvision model by its name.
+
+    Args:
+        name: of the builder.
+        pretrained: with torchvision's weights. Detectors then have norms that do not learn, and else BatchNorms.
+        frozen_norms: without weights, too, give the backbone norms that do not learn, of this epsilon.
+        **arguments: of the builder.
+    """
     models = _import("torchvision").models
     known = models.list_models()
     if name not in known:
@@ -137,7 +148,19 @@ def _create_torchvision(name: str, pretrained: bool, **arguments: Any) -> nn.Mod
     # Detection and segmentation builders load a pretrained backbone unless told not to.
     backbone = "weights_backbone" in models.get_model_builder(name).__annotations__
     weights = {"weights": "DEFAULT" if pretrained else None, **({"weights_backbone": None} if backbone else {})}
-    return _loading(f"torchvision:{name}", pretrained, lambda: models.get_model(name, **weights, **arguments))
+    model = _loading(f"torchvision:{name}", pretrained, lambda: models.get_model(name, **weights, **arguments))
+    if frozen_norms is not None:
+        _freeze_norms(model.backbone.body, frozen_norms)
+    return model
+
+
+def _freeze_norms(module: nn.Module, eps: float) -> None:
+    frozen_norm = _import("torchvision").ops.FrozenBatchNorm2d
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, frozen_norm(child.num_features, eps))
+        else:
+            _freeze_norms(child, eps)
 
 
 def _transformers(name: str, pretrained: bool) -> tuple[nn.Module, Source]:

@@ -176,3 +176,27 @@ def test_damaged_saves_are_told_in_one_message(tmp_path: Path) -> None:
         fdsurgery.load(saved)
     with pytest.raises(CheckpointError, match="no saved converted model"):
         fdsurgery.load(tmp_path / "nowhere")
+
+
+def test_a_detector_with_weights_is_built_again_with_its_frozen_norms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torchvision
+    from torchvision.models._api import WeightsEnum
+    from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn as builder
+
+    from fdsurgery.sources import build
+
+    torch.manual_seed(0)
+    downloaded = builder(weights=None, weights_backbone=None).state_dict()
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, *args, **kwargs: downloaded)
+    model, source = build("torchvision:fasterrcnn_mobilenet_v3_large_320_fpn", pretrained=True)
+    frozen = [m for m in model.modules() if isinstance(m, torchvision.ops.FrozenBatchNorm2d)]
+    assert frozen and source.arguments == {"frozen_norms": frozen[0].eps}
+    fdsurgery.convert(model.backbone, "generic", example_inputs=torch.randn(1, 3, 64, 64), kernel_num=4)
+    fdsurgery.save(model, tmp_path / "saved", source=source)
+    loaded = fdsurgery.load(tmp_path / "saved")
+    images = torch.randn(1, 3, 64, 64)
+    for name, expected in model.backbone(images).items():
+        torch.testing.assert_close(loaded.backbone(images)[name], expected)
+    assert build("torchvision:resnet18", pretrained=False)[1].arguments == {}

@@ -94,7 +94,7 @@ def draw_maps(model: nn.Module, path: Path, device: torch.device) -> None:
             if name == shown[0]:
                 axes.set_title(title, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=70)
+    figure.savefig(path, dpi=60)
 
 
 def _correlation(one: Tensor, other: Tensor) -> float:
