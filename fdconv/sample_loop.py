@@ -145,16 +145,21 @@ def _weights(images: Tensor, factors: Factors, shape: WeightShape) -> Tensor:
     """The weights of a chunk, `(b, C_out, C_in/groups, k_h, k_w)`, in a buffer that the next chunk writes to."""
     weights = buffer("weights", (len(images), shape.out_channels, shape.in_channels, *shape.kernel_size), images.dtype)
     local, globally = _Local.of(factors, shape), global_factors(factors, shape)
+    factors_of_all = globally if local is not None else globally[1:]
     for samples, channels in _channel_blocks(len(images), shape):
-        image = images[samples, channels]
-        product = buffer("product", tuple(image.shape), image.dtype)
-        if local is None:
-            product.copy_(image)
-        else:
+        image, place = images[samples, channels], weights[samples, channels].permute(0, 1, 3, 4, 2)
+        # One position has the weight's own order, so what is multiplied need not be moved afterwards.
+        product = place if shape.kernel_size == (1, 1) else buffer("product", tuple(image.shape), image.dtype)
+        if local is not None:
             torch.mul(image, local.gate(samples, channels, shape), out=product)
-        for factor in globally:
+        elif globally:
+            torch.mul(image, _part(globally[0], samples, channels), out=product)
+        else:
+            product.copy_(image)
+        for factor in factors_of_all:
             product.mul_(_part(factor, samples, channels))
-        weights[samples, channels] = product.permute(0, 1, 4, 2, 3)
+        if product is not place:
+            place.copy_(product)
     return weights
 
 
