@@ -409,7 +409,7 @@ def quantised() -> nn.Module:
     [
         (lambda: nn.DataParallel(nn.Conv2d(3, 3, 1)), r"wrapped in DataParallel; convert model\.module first"),
         (lambda: torch.compile(nn.Conv2d(3, 3, 1)), r"compiled; convert the plain model"),
-        (lambda: torch.jit.script(nn.Conv2d(3, 3, 1)), "TorchScript"),
+        (lambda: torch.jit.trace(nn.Conv2d(3, 3, 1), torch.randn(1, 3, 4, 4)), "TorchScript"),
         (sharded, "sharded by FSDP; convert it first"),
         (quantised, "quantised"),
         (lambda: nn.Sequential(nn.LazyConv2d(8, 3)), r"'0\.weight' has no shape yet .*call the model once"),
