@@ -533,6 +533,7 @@ def test_scripted_parts_are_kept() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), scripted, nn.Conv2d(8, 8, 3))
     sites = by_name(model, torch.randn(2, 3, 16, 16))
     assert "ScriptModule" in sites["1.0"].obstacle
+    assert (sites["1.0"].in_channels, sites["1.0"].out_channels, sites["1.0"].kernel_size) == (8, 8, (3, 3))
     assert sites["2"].role != "stem", "what a scripted module returns comes from the layers before it"
     assert sites["2"].obstacle is None
 

@@ -288,6 +288,15 @@ def _multiply_adds(flow: Flow, call: fx.Node) -> int:
 
 
 def _geometry(layer: Any) -> dict[str, Any]:
+    if _is_scripted_layer(layer) and not (hasattr(layer, "in_features") or hasattr(layer, "in_channels")):
+        # A traced layer keeps its tensors and forgets the rest.
+        out_channels, in_channels, *kernel_size = layer.weight.shape
+        channels = {"in_channels": in_channels, "out_channels": out_channels}
+        return (
+            {"kind": "conv", "kernel_size": tuple(kernel_size)} | channels
+            if kernel_size
+            else {"kind": "linear"} | channels
+        )
     kind: Kind = "linear" if hasattr(layer, "in_features") else "conv"
     if kind == "linear":
         return {"kind": kind, "in_channels": layer.in_features, "out_channels": layer.out_features}
