@@ -20,7 +20,6 @@ from .composite import (
     WeightShape,
     channel_windows,
     differentiable_gradients,
-    global_factors,
     per_sample,
     per_sample_backward,
 )
@@ -49,8 +48,39 @@ def apply(
         shape: of the weight.
         conv: what the weight is used in; None for a linear layer.
     """
-    result: Tensor = _SampleLoop.apply(x, spectra, group, *factors, shape, conv)  # type: ignore[no-untyped-call]
+    channel, filter_ = factors.channel, factors.filter
+    # A factor of an input channel or of a filter may as well scale the channel of the input or of the result, often fewer
+    # numbers than a sample has weights. It must lose no precision there, and what is left must still tell samples apart.
+    movable = x.dtype == spectra.dtype and (factors.kernel is not None or factors.context is not None)
+    if channel is not None and movable and x[0].numel() <= shape.numel:
+        x = x * _along_channels(channel, x, conv)
+        factors = factors._replace(channel=None)
+    result: Tensor
+    if filter_ is not None and movable and _outputs(x, shape, conv) <= shape.numel:
+        factors = factors._replace(filter=None)
+        result = _SampleLoop.apply(x, spectra, group, *factors, shape, conv)  # type: ignore[no-untyped-call]
+        return result * _along_channels(filter_, result, conv)
+    result = _SampleLoop.apply(x, spectra, group, *factors, shape, conv)  # type: ignore[no-untyped-call]
     return result
+
+
+def _along_channels(factor: Tensor, x: Tensor, conv: Convolution | None) -> Tensor:
+    """A factor `(B, C)` so that it broadcasts to `x`."""
+    between = (1,) * (x.dim() - 2)
+    return factor.view(len(factor), *between, -1) if conv is None else factor.view(len(factor), -1, *between)
+
+
+def _outputs(x: Tensor, shape: WeightShape, conv: Convolution | None) -> int:
+    """Numbers that a sample of the result has."""
+    if conv is None:
+        return x[0].numel() // shape.in_channels * shape.out_channels
+    size = (
+        (length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for length, padding, dilation, kernel, stride in zip(
+            x.shape[2:], conv.padding, conv.dilation, shape.kernel_size, conv.stride, strict=True
+        )
+    )
+    return shape.out_channels * math.prod(size)
 
 
 class _SampleLoop(torch.autograd.Function):
@@ -107,11 +137,16 @@ class _Source(NamedTuple):
 
 def _images(source: _Source, factors: Factors, shape: WeightShape) -> Tensor:
     """The weights of a chunk before they are modulated in space, `(b, C_out, k_h, k_w, C_in/groups)`, a view."""
-    scaled = torch.view_as_complex(_scaled(source, factors.kernel, shape.scale))
+    scaled = torch.view_as_complex(_scaled(source, factors.kernel, _scale(factors, shape)))
     image = torch.fft.irfft2(scaled, s=(scaled.shape[1], shape.width))
     k_h, k_w = shape.kernel_size
     image = image.view(-1, shape.out_channels, k_h, shape.in_channels, k_w).transpose(-1, -2)
     return image.expand(factors.batch, -1, -1, -1, -1)
+
+
+def _scale(factors: Factors, shape: WeightShape) -> float:
+    """Of the spectra: twice that of the weights where `_Local` gives half the factors, so that no pass doubles them."""
+    return shape.scale if factors.context is None else 2 * shape.scale
 
 
 def _scaled(source: _Source, kernel: Tensor | None, scale: float) -> Tensor:
@@ -144,27 +179,26 @@ def _gain(table: Tensor, group: Tensor) -> Tensor:
 def _weights(images: Tensor, factors: Factors, shape: WeightShape) -> Tensor:
     """The weights of a chunk, `(b, C_out, C_in/groups, k_h, k_w)`, in a buffer that the next chunk writes to."""
     weights = buffer("weights", (len(images), shape.out_channels, shape.in_channels, *shape.kernel_size), images.dtype)
-    local, globally = _Local.of(factors, shape), global_factors(factors, shape)
-    factors_of_all = globally if local is not None else globally[1:]
+    local, vectors = _Local.of(factors, shape), _Vectors.of(factors, shape)
     for samples, channels in _channel_blocks(len(images), shape):
         image, place = images[samples, channels], weights[samples, channels].permute(0, 1, 3, 4, 2)
         # One position has the weight's own order, so what is multiplied need not be moved afterwards.
         product = place if shape.kernel_size == (1, 1) else buffer("product", tuple(image.shape), image.dtype)
-        if local is not None:
-            torch.mul(image, local.gate(samples, channels, shape), out=product)
-        elif globally:
-            torch.mul(image, _part(globally[0], samples, channels), out=product)
-        else:
+        if local is None:
             product.copy_(image)
-        for factor in factors_of_all:
-            product.mul_(_part(factor, samples, channels))
+        else:
+            torch.mul(image, local.gate(samples, channels, shape), out=product)
+        vectors.multiply(product, samples, channels, shape)
         if product is not place:
             place.copy_(product)
     return weights
 
 
 class _Local(NamedTuple):
-    """The local branch, ready to give the factors of a block of weights."""
+    """The local branch, ready to give half the factors of a block of weights: `sigmoid(z)`, of `2*sigmoid(z)`.
+
+    `1 + tanh(z)` is `2*sigmoid(2*z)`, so one function serves both activations.
+    """
 
     filters: Tensor
     """`(groups, C_out/groups, k_h*k_w, taps)`."""
@@ -176,20 +210,55 @@ class _Local(NamedTuple):
         if factors.context is None or factors.taps is None:
             return None
         filters = factors.taps.view(shape.groups, -1, math.prod(shape.kernel_size), factors.taps.shape[1])
-        return cls(filters, channel_windows(factors, shape))
+        return cls(filters * _steepness(shape), channel_windows(factors, shape).contiguous())
 
     def gate(self, samples: slice, channels: slice, shape: WeightShape) -> Tensor:
         """`(b, C_out, k_h, k_w, C_in/groups)` of a block."""
         filters, windows = self.filters[:, channels].flatten(1, 2), self.windows[samples]
         logits = buffer("gate", (*windows.shape[:2], filters.shape[1], windows.shape[3]), windows.dtype)
         torch.matmul(filters, windows, out=logits)
-        gate = logits.sigmoid_().mul_(2) if shape.activation == "sigmoid" else logits.tanh_().add_(1)
-        return gate.view(len(windows), -1, *shape.kernel_size, shape.in_channels)
+        return logits.sigmoid_().view(len(windows), -1, *shape.kernel_size, shape.in_channels)
 
 
-def _part(factor: Tensor, samples: slice, channels: slice) -> Tensor:
-    """What a factor that may broadcast over the output channels has for a block."""
-    return factor[samples] if factor.shape[1] == 1 else factor[samples, channels]
+def _steepness(shape: WeightShape) -> int:
+    return 1 if shape.activation == "sigmoid" else 2
+
+
+class _Vectors(NamedTuple):
+    """The global branch but for the frequency groups: a factor for each row of a weight, and one for each column.
+
+    A row is an output channel and a position of the kernel. `None` stands for ones.
+    """
+
+    rows: Tensor | None
+    """`(b, groups, C_out/groups, k_h*k_w)`: filter times spatial."""
+    columns: Tensor | None
+    """`(b, groups, 1, C_in/groups)`."""
+
+    @classmethod
+    def of(cls, factors: Factors, shape: WeightShape) -> _Vectors:
+        rows = None
+        if factors.filter is not None:
+            rows = factors.filter[:, :, None]
+        if factors.spatial is not None:
+            rows = factors.spatial[:, None] if rows is None else rows * factors.spatial[:, None]
+        if rows is not None:
+            rows = rows.expand(-1, shape.out_channels, math.prod(shape.kernel_size)).unflatten(1, (shape.groups, -1))
+        columns = None if factors.channel is None else factors.channel.view(-1, shape.groups, 1, shape.in_channels)
+        return cls(rows, columns)
+
+    def multiply(self, product: Tensor, samples: slice, channels: slice, shape: WeightShape) -> None:
+        """Multiply a block `(b, C_out, k_h, k_w, C_in/groups)`, in place."""
+        by_group = product.view(len(product), shape.groups, -1, shape.in_channels)
+        if self.rows is not None:
+            by_group.mul_(self.rows_of(samples, channels)[..., None])
+        if self.columns is not None:
+            by_group.mul_(self.columns[samples])
+
+    def rows_of(self, samples: slice, channels: slice) -> Tensor:
+        """`(b, groups, C_out/groups*k_h*k_w)` of a block."""
+        assert self.rows is not None
+        return self.rows[samples, :, channels].flatten(2)
 
 
 def _channel_blocks(samples: int, shape: WeightShape) -> list[tuple[slice, slice]]:
@@ -225,7 +294,7 @@ def _backward(
         to_x.append(to_part)
         to_weights = to_weights.to(spectra.dtype)
         to_images, found = _modulation_backward(to_weights, images, chunk, shape, to_taps)
-        to_kernel = _spectrum_backward(to_images, source, chunk.kernel, shape, to_spectra)
+        to_kernel = _spectrum_backward(to_images, source, chunk, shape, to_spectra)
         for whole, own in zip(to_factors, [to_kernel, *found], strict=True):
             if whole is not None and own is not None:
                 whole[part] = own
@@ -242,54 +311,55 @@ def _modulation_backward(
     k_h, k_w = shape.kernel_size
     batch = len(grads)
     to_images = buffer("to images", (batch, shape.out_channels, k_h, shape.in_channels, k_w), grads.dtype)
-    local, globally = _Local.of(factors, shape), global_factors(factors, shape)
+    local, vectors = _Local.of(factors, shape), _Vectors.of(factors, shape)
     to_windows = None if local is None else torch.zeros_like(local.windows)
-    to_rows = None if factors.channel is None else grads.new_empty(batch, shape.out_channels, k_h * k_w)
-    to_channel = None if factors.channel is None else torch.zeros_like(factors.channel)
+    to_rows = None if vectors.rows is None else torch.empty(vectors.rows.shape, dtype=grads.dtype)
+    to_columns = None if vectors.columns is None else torch.zeros_like(vectors.columns)
     for samples, channels in _channel_blocks(batch, shape):
-        image = images[samples, channels]
-        grad = buffer("grad", tuple(image.shape), grads.dtype)
-        grad.copy_(grads[samples, channels].permute(0, 1, 3, 4, 2))
-        product = torch.mul(grad, image, out=buffer("product", tuple(image.shape), grads.dtype))
-        own = [_part(factor, samples, channels) for factor in globally]
-        for factor in own:
-            grad.mul_(factor)
+        image, above = images[samples, channels], grads[samples, channels].permute(0, 1, 3, 4, 2)
+        place = to_images[samples, channels].transpose(-1, -2)
+        grad = place if shape.kernel_size == (1, 1) else buffer("grad", tuple(image.shape), grads.dtype)
         gate = None if local is None else local.gate(samples, channels, shape)
-        if gate is not None:
-            grad.mul_(gate)
-            product.mul_(gate)
-        to_images[samples, channels] = grad.transpose(-1, -2)
-        # `product` is gradient times weight, but for the global factors: its sums are their gradients.
-        if to_channel is not None and to_rows is not None:
-            assert factors.channel is not None
-            by_group = product.view(len(product), shape.groups, -1, shape.in_channels)
-            rows = own[0] if len(own) == 2 else product.new_ones(1, 1, 1, 1, 1)
-            rows = rows.expand(*product.shape[:4], 1).reshape(len(product), shape.groups, 1, -1)
-            to_channel[samples] += (rows @ by_group).view(len(product), -1)
-            channel = factors.channel[samples].view(len(product), shape.groups, shape.in_channels, 1)
-            to_rows[samples, channels] = (by_group @ channel).view(len(product), -1, k_h * k_w)
+        if gate is None:
+            grad.copy_(above)
+        else:
+            torch.mul(above, gate, out=grad)
+        product = torch.mul(grad, image, out=buffer("product", tuple(image.shape), grads.dtype))
+        vectors.multiply(grad, samples, channels, shape)
+        if grad is not place:
+            place.copy_(grad)
+        # Gradient times weight, but for rows and columns: these are multiplied where the result is small.
+        by_group = product.view(len(product), shape.groups, -1, shape.in_channels)
+        one = by_group.new_ones(1)
+        rows = one.expand(by_group.shape[:3]) if vectors.rows is None else vectors.rows_of(samples, channels)
+        columns = one.expand_as(by_group[:, :, :1]) if vectors.columns is None else vectors.columns[samples]
+        if to_columns is not None:
+            to_columns[samples] += rows[..., None, :] @ by_group
+        if to_rows is not None:
+            sums = by_group @ columns.transpose(-1, -2)
+            to_rows[samples, :, channels] = sums.view(to_rows[samples, :, channels].shape)
         if local is not None and gate is not None and to_windows is not None and to_taps is not None:
-            for factor in own:
-                product.mul_(factor)
-            # Of log(2*sigmoid(z)) the derivative is 1 - gate/2, of log(1 + tanh(z)) it is 2 - gate.
-            torch.addcmul(product, product, gate, value=-0.5, out=product)
-            if shape.activation != "sigmoid":
-                product.mul_(2)
-            to_logits = product.view(len(product), shape.groups, -1, shape.in_channels)
-            filters, windows = local.filters[:, channels].flatten(1, 2), local.windows[samples]
+            # Of log(sigmoid(z)) the derivative is 1 - sigmoid(z).
+            torch.addcmul(product, product, gate, value=-1, out=product)
+            filters = local.filters[:, channels].flatten(1, 2)
             to_filters = to_taps.view(local.filters.shape)[:, channels]
-            to_filters += (to_logits @ windows.transpose(-1, -2)).sum(0).view(to_filters.shape)
-            to_windows[samples] += filters.transpose(-1, -2) @ to_logits
+            found = (by_group @ (local.windows[samples] * columns).transpose(-1, -2)) * rows[..., None]
+            to_filters += found.sum(0).view(to_filters.shape) * _steepness(shape)
+            to_windows[samples] += ((filters * rows[..., None]).transpose(-1, -2) @ by_group) * columns
     to_context = None if to_windows is None else _from_windows(to_windows)
+    to_channel = None if to_columns is None else to_columns.flatten(1)
     return to_images, [to_channel, *_from_rows(to_rows, factors), to_context]
 
 
 def _from_rows(to_rows: Tensor | None, factors: Factors) -> tuple[Tensor | None, Tensor | None]:
     """Gradients to the filter and the spatial factors, from that to their product."""
+    if to_rows is None:
+        return None, None
+    to_rows = to_rows.flatten(1, 2)
     to_filter = to_spatial = None
-    if to_rows is not None and factors.filter is not None:
+    if factors.filter is not None:
         to_filter = (to_rows if factors.spatial is None else to_rows * factors.spatial[:, None]).sum(2)
-    if to_rows is not None and factors.spatial is not None:
+    if factors.spatial is not None:
         to_spatial = (to_rows if factors.filter is None else to_rows * factors.filter[..., None]).sum(1)
     return to_filter, to_spatial
 
@@ -305,16 +375,17 @@ def _from_windows(to_windows: Tensor) -> Tensor:
 
 
 def _spectrum_backward(
-    to_images: Tensor, source: _Source, kernel: Tensor | None, shape: WeightShape, to_spectra: Tensor
+    to_images: Tensor, source: _Source, factors: Factors, shape: WeightShape, to_spectra: Tensor
 ) -> Tensor | None:
     """Gradient to the kernel factors of a chunk; that to the spectra is added to `to_spectra`."""
+    kernel = factors.kernel
     if kernel is None:
         to_images = to_images.sum(0, keepdim=True)
     rows = shape.out_channels * shape.kernel_size[0]
     # The adjoint of the inverse transform of a half spectrum counts what stands for two coefficients twice.
     transform = torch.fft.rfft2(to_images.view(-1, rows, shape.width))
     transform[..., 1 : (shape.width + 1) // 2].mul_(2)
-    to_scaled = torch.view_as_real(transform).mul_(shape.scale / (rows * shape.width))
+    to_scaled = torch.view_as_real(transform).mul_(_scale(factors, shape) / (rows * shape.width))
     if kernel is None:
         to_spectra += to_scaled
         return None
