@@ -49,8 +49,8 @@ def apply(
         conv: what the weight is used in; None for a linear layer.
     """
     channel, filter_ = factors.channel, factors.filter
-    # A factor of an input channel or of a filter may as well scale the channel of the input or of the result, often fewer
-    # numbers than a sample has weights. It must lose no precision there, and what is left must still tell samples apart.
+    # A factor of an input channel or of a filter may as well scale a channel of the input or of the result, often fewer
+    # numbers than a sample has weights. It must lose no precision there, and what is left must tell samples apart.
     movable = x.dtype == spectra.dtype and (factors.kernel is not None or factors.context is not None)
     if channel is not None and movable and x[0].numel() <= shape.numel:
         x = x * _along_channels(channel, x, conv)
@@ -201,7 +201,7 @@ class _Local(NamedTuple):
     """
 
     filters: Tensor
-    """`(groups, C_out/groups, k_h*k_w, taps)`."""
+    """`(groups, taps, C_out/groups, k_h*k_w)`: taps first, for a factor of a few taps that broadcasts is slow."""
     windows: Tensor
     """What they see, `(b, groups, taps, C_in/groups)`."""
 
@@ -209,14 +209,15 @@ class _Local(NamedTuple):
     def of(cls, factors: Factors, shape: WeightShape) -> _Local | None:
         if factors.context is None or factors.taps is None:
             return None
-        filters = factors.taps.view(shape.groups, -1, math.prod(shape.kernel_size), factors.taps.shape[1])
-        return cls(filters * _steepness(shape), channel_windows(factors, shape).contiguous())
+        filters = (factors.taps * _steepness(shape)).T.contiguous()
+        filters = filters.view(len(filters), shape.groups, -1, math.prod(shape.kernel_size)).transpose(0, 1)
+        return cls(filters, channel_windows(factors, shape).contiguous())
 
     def gate(self, samples: slice, channels: slice, shape: WeightShape) -> Tensor:
         """`(b, C_out, k_h, k_w, C_in/groups)` of a block."""
-        filters, windows = self.filters[:, channels].flatten(1, 2), self.windows[samples]
-        logits = buffer("gate", (*windows.shape[:2], filters.shape[1], windows.shape[3]), windows.dtype)
-        torch.matmul(filters, windows, out=logits)
+        filters, windows = self.filters[:, :, channels].flatten(2), self.windows[samples]
+        logits = buffer("gate", (*windows.shape[:2], filters.shape[2], windows.shape[3]), windows.dtype)
+        torch.matmul(filters.mT, windows, out=logits)
         return logits.sigmoid_().view(len(windows), -1, *shape.kernel_size, shape.in_channels)
 
 
@@ -251,14 +252,16 @@ class _Vectors(NamedTuple):
         """Multiply a block `(b, C_out, k_h, k_w, C_in/groups)`, in place."""
         by_group = product.view(len(product), shape.groups, -1, shape.in_channels)
         if self.rows is not None:
-            by_group.mul_(self.rows_of(samples, channels)[..., None])
+            by_group.mul_(self.rows[samples, :, channels].flatten(2)[..., None])
         if self.columns is not None:
             by_group.mul_(self.columns[samples])
 
-    def rows_of(self, samples: slice, channels: slice) -> Tensor:
-        """`(b, groups, C_out/groups*k_h*k_w)` of a block."""
-        assert self.rows is not None
-        return self.rows[samples, :, channels].flatten(2)
+    def or_ones(self, images: Tensor, shape: WeightShape) -> tuple[Tensor, Tensor]:
+        """Rows and columns, with ones in place of what is not there."""
+        one, batch, groups = images.new_ones(1), len(images), shape.groups
+        rows = one.expand(batch, groups, shape.out_channels // groups, math.prod(shape.kernel_size))
+        columns = one.expand(batch, groups, 1, shape.in_channels)
+        return rows if self.rows is None else self.rows, columns if self.columns is None else self.columns
 
 
 def _channel_blocks(samples: int, shape: WeightShape) -> list[tuple[slice, slice]]:
@@ -282,6 +285,11 @@ def _backward(
 ) -> list[Tensor | None]:
     """Gradients of all tensors that `_SampleLoop` takes."""
     source = _Source(spectra, group.int())
+    # The adjoint of the inverse transform of a half spectrum counts what stands for two coefficients twice.
+    counts = spectra.new_ones(spectra.shape[2:])
+    counts[1 : (shape.width + 1) // 2] = 2
+    counts *= _scale(factors, shape) / (spectra.shape[1] * shape.width)
+    counted = source._replace(spectra=spectra * counts)
     to_x = []
     to_spectra = torch.zeros_like(spectra)
     to_taps = None if factors.taps is None else torch.zeros_like(factors.taps)
@@ -294,11 +302,11 @@ def _backward(
         to_x.append(to_part)
         to_weights = to_weights.to(spectra.dtype)
         to_images, found = _modulation_backward(to_weights, images, chunk, shape, to_taps)
-        to_kernel = _spectrum_backward(to_images, source, chunk, shape, to_spectra)
+        to_kernel = _spectrum_backward(to_images, counted, chunk.kernel, shape, to_spectra)
         for whole, own in zip(to_factors, [to_kernel, *found], strict=True):
             if whole is not None and own is not None:
                 whole[part] = own
-    return [_joined(to_x), to_spectra, None, *to_factors, to_taps]
+    return [_joined(to_x), to_spectra.mul_(counts), None, *to_factors, to_taps]
 
 
 def _modulation_backward(
@@ -312,9 +320,13 @@ def _modulation_backward(
     batch = len(grads)
     to_images = buffer("to images", (batch, shape.out_channels, k_h, shape.in_channels, k_w), grads.dtype)
     local, vectors = _Local.of(factors, shape), _Vectors.of(factors, shape)
-    to_windows = None if local is None else torch.zeros_like(local.windows)
-    to_rows = None if vectors.rows is None else torch.empty(vectors.rows.shape, dtype=grads.dtype)
-    to_columns = None if vectors.columns is None else torch.zeros_like(vectors.columns)
+    rows, columns = vectors.or_ones(images, shape)
+    to_rows = None if vectors.rows is None else torch.empty_like(rows)
+    to_columns = None if vectors.columns is None else torch.zeros_like(columns)
+    filters, windows, to_filters, to_windows = None, None, None, None
+    if local is not None:
+        filters, windows = local.filters * rows[:, :, None], local.windows * columns
+        to_filters, to_windows = torch.empty_like(filters), torch.zeros_like(windows)
     for samples, channels in _channel_blocks(batch, shape):
         image, above = images[samples, channels], grads[samples, channels].permute(0, 1, 3, 4, 2)
         place = to_images[samples, channels].transpose(-1, -2)
@@ -330,23 +342,23 @@ def _modulation_backward(
             place.copy_(grad)
         # Gradient times weight, but for rows and columns: these are multiplied where the result is small.
         by_group = product.view(len(product), shape.groups, -1, shape.in_channels)
-        one = by_group.new_ones(1)
-        rows = one.expand(by_group.shape[:3]) if vectors.rows is None else vectors.rows_of(samples, channels)
-        columns = one.expand_as(by_group[:, :, :1]) if vectors.columns is None else vectors.columns[samples]
         if to_columns is not None:
-            to_columns[samples] += rows[..., None, :] @ by_group
+            to_columns[samples] += rows[samples, :, channels].flatten(2)[:, :, None] @ by_group
         if to_rows is not None:
-            sums = by_group @ columns.transpose(-1, -2)
-            to_rows[samples, :, channels] = sums.view(to_rows[samples, :, channels].shape)
-        if local is not None and gate is not None and to_windows is not None and to_taps is not None:
+            place = to_rows[samples, :, channels]
+            place.copy_((by_group @ columns[samples].mT).view(place.shape))
+        if gate is not None:
+            assert filters is not None and windows is not None and to_filters is not None and to_windows is not None
             # Of log(sigmoid(z)) the derivative is 1 - sigmoid(z).
             torch.addcmul(product, product, gate, value=-1, out=product)
-            filters = local.filters[:, channels].flatten(1, 2)
-            to_filters = to_taps.view(local.filters.shape)[:, channels]
-            found = (by_group @ (local.windows[samples] * columns).transpose(-1, -2)) * rows[..., None]
-            to_filters += found.sum(0).view(to_filters.shape) * _steepness(shape)
-            to_windows[samples] += ((filters * rows[..., None]).transpose(-1, -2) @ by_group) * columns
-    to_context = None if to_windows is None else _from_windows(to_windows)
+            place = to_filters[samples, :, :, channels]
+            place.copy_((by_group @ windows[samples].mT).mT.reshape(place.shape))
+            to_windows[samples] += filters[samples, :, :, channels].flatten(3) @ by_group
+    to_context = None
+    if to_taps is not None and to_filters is not None and to_windows is not None:
+        taps = (to_filters * rows[:, :, None]).sum(0).transpose(0, 1).flatten(1)
+        to_taps += taps.T * _steepness(shape)
+        to_context = _from_windows(to_windows * columns)
     to_channel = None if to_columns is None else to_columns.flatten(1)
     return to_images, [to_channel, *_from_rows(to_rows, factors), to_context]
 
@@ -375,29 +387,28 @@ def _from_windows(to_windows: Tensor) -> Tensor:
 
 
 def _spectrum_backward(
-    to_images: Tensor, source: _Source, factors: Factors, shape: WeightShape, to_spectra: Tensor
+    to_images: Tensor, counted: _Source, kernel: Tensor | None, shape: WeightShape, to_spectra: Tensor
 ) -> Tensor | None:
-    """Gradient to the kernel factors of a chunk; that to the spectra is added to `to_spectra`."""
-    kernel = factors.kernel
+    """Gradient to the kernel factors of a chunk; that to the spectra, but for their `counts`, is added to `to_spectra`.
+
+    `counted` has the spectra times their `counts`.
+    """
     if kernel is None:
         to_images = to_images.sum(0, keepdim=True)
     rows = shape.out_channels * shape.kernel_size[0]
-    # The adjoint of the inverse transform of a half spectrum counts what stands for two coefficients twice.
-    transform = torch.fft.rfft2(to_images.view(-1, rows, shape.width))
-    transform[..., 1 : (shape.width + 1) // 2].mul_(2)
-    to_scaled = torch.view_as_real(transform).mul_(_scale(factors, shape) / (rows * shape.width))
+    to_scaled = torch.view_as_real(torch.fft.rfft2(to_images.view(-1, rows, shape.width)))
     if kernel is None:
         to_spectra += to_scaled
         return None
     tables = kernel.unflatten(1, (len(to_spectra), -1))
     # The shares of the real and of the imaginary part are added up side by side, which saves a pass.
-    sums = torch.zeros(tables.shape, dtype=transform.dtype)
+    sums = torch.zeros(tables.shape, dtype=tables.dtype.to_complex())
     for samples, rows_ in blocks(len(kernel), rows, 2 * to_scaled.shape[2]):
         own = to_scaled[samples, rows_]
-        group = source.group[rows_]
+        group = counted.group[rows_]
         for position in range(len(to_spectra)):
             products = buffer("products", tuple(own.shape), own.dtype)
-            torch.mul(own, source.spectra[position, rows_], out=products)
+            torch.mul(own, counted.spectra[position, rows_], out=products)
             gain = _gain(tables[samples, position], group)
             for sample, summands in enumerate(torch.view_as_complex(products).flatten(1)):
                 sums[samples, position][sample].index_add_(0, group.flatten(), summands)
