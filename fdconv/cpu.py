@@ -48,7 +48,7 @@ class _Buffers(threading.local):
     def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         size = math.prod(shape)
         held = self.held.get((name, dtype))
-        if held is None or len(held) < size:
+        if held is None or held.numel() < size:
             with torch.inference_mode(False):
                 self.held[name, dtype] = held = torch.empty(size, dtype=dtype)
         return held[:size].view(shape)

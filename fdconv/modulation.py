@@ -49,6 +49,8 @@ class Factors(NamedTuple):
 
     def of(self, samples: slice) -> Factors:
         """Those of some of the samples."""
+        if samples == slice(0, self.batch):
+            return self
         kernel, channel, filter_, spatial, context = (None if it is None else it[samples] for it in self[:5])
         return Factors(kernel, channel, filter_, spatial, context, self.taps)
 

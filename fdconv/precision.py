@@ -20,6 +20,6 @@ def exact_dtype(device: torch.device) -> torch.dtype:
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """A region in which autocast, if on, does not lower the precision."""
-    if torch.amp.autocast_mode.is_autocast_available(device.type):
+    if torch.amp.autocast_mode.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()  # devices that know no autocast, such as meta
+    return contextlib.nullcontext()  # where there is none, or on devices that know none, such as meta

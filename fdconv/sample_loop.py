@@ -48,20 +48,21 @@ def apply(
         shape: of the weight.
         conv: what the weight is used in; None for a linear layer.
     """
-    channel, filter_ = factors.channel, factors.filter
     # A factor of an input channel or of a filter may as well scale a channel of the input or of the result, often fewer
     # numbers than a sample has weights. It must lose no precision there, and what is left must tell samples apart.
     movable = x.dtype == spectra.dtype and (factors.kernel is not None or factors.context is not None)
-    if channel is not None and movable and x[0].numel() <= shape.numel:
-        x = x * _along_channels(channel, x, conv)
+    if factors.channel is not None and movable and x[0].numel() <= shape.numel:
+        x = x * _along_channels(factors.channel, x, conv)
         factors = factors._replace(channel=None)
+    filter_ = None
+    if factors.filter is not None and movable and _outputs(x, shape, conv) <= shape.numel:
+        filter_, factors = factors.filter, factors._replace(filter=None)
     result: Tensor
-    if filter_ is not None and movable and _outputs(x, shape, conv) <= shape.numel:
-        factors = factors._replace(filter=None)
+    if torch.is_grad_enabled():
         result = _SampleLoop.apply(x, spectra, group, *factors, shape, conv)  # type: ignore[no-untyped-call]
-        return result * _along_channels(filter_, result, conv)
-    result = _SampleLoop.apply(x, spectra, group, *factors, shape, conv)  # type: ignore[no-untyped-call]
-    return result
+    else:
+        result = _forward(x, spectra, group, factors, shape, conv)
+    return result if filter_ is None else result * _along_channels(filter_, result, conv)
 
 
 def _along_channels(factor: Tensor, x: Tensor, conv: Convolution | None) -> Tensor:
@@ -87,16 +88,9 @@ class _SampleLoop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, spectra: Tensor, group: Tensor, *rest: Any) -> Tensor:
         *given, shape, conv = rest
-        factors = Factors(*given)
-        ctx.save_for_backward(x, spectra, group, *factors)
+        ctx.save_for_backward(x, spectra, group, *given)
         ctx.shape, ctx.conv = shape, conv
-        source = _Source(spectra, group.int())
-        results = []
-        for part in _chunks(shape, x.shape[0]):
-            chunk = factors.of(part)
-            weights = _weights(_images(source, chunk, shape), chunk, shape)
-            results.append(per_sample(x[part], weights.to(x.dtype), conv))
-        return _joined(results)
+        return _forward(x, spectra, group, Factors(*given), shape, conv)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -111,6 +105,18 @@ class _SampleLoop(torch.autograd.Function):
             every = _backward(x, spectra, group, factors, ctx.shape, ctx.conv, grad)
             gradients = {position: gradient for position in wanted if (gradient := every[position]) is not None}
         return (*(gradients.get(position) for position in range(len(inputs))), None, None)
+
+
+def _forward(
+    x: Tensor, spectra: Tensor, group: Tensor, factors: Factors, shape: WeightShape, conv: Convolution | None
+) -> Tensor:
+    source = _Source(spectra, group.int())
+    results = []
+    for part in _chunks(shape, x.shape[0]):
+        chunk = factors.of(part)
+        weights = _weights(_images(source, chunk, shape), chunk, shape)
+        results.append(per_sample(x[part], weights.to(x.dtype), conv))
+    return _joined(results)
 
 
 def _chunks(shape: WeightShape, batch: int) -> list[slice]:
