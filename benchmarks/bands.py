@@ -22,7 +22,7 @@ from fdconv import FDConfig, FDConv2d
 from fdconv.bands import BandModulation
 
 from .plain import band_modulated
-from .timing import PLOTS, added_memory, environment, interleaved, write
+from .timing import PLOTS, added_memory, environment, interleaved, turns_of, write
 
 MODES = ("inference", "training")
 POINTS: list[tuple[int, int, int, int]] = [
@@ -102,7 +102,7 @@ def _training(form: Callable[[Tensor], Any], x: Tensor) -> Callable[[], Any]:
 def measure(point: tuple[int, int, int, int], mode: str, place: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Milliseconds and peak memory of every form at a point."""
     todo = calls(point, mode, place)
-    times = interleaved(todo, place["device"], seconds)
+    times = interleaved(turns_of(todo, place["device"]), seconds)
     memory = {name: added_memory(call, place["device"]) for name, call in todo.items()}
     return {"point": point, "mode": mode, "milliseconds": times, "added_mib": memory}
 

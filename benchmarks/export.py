@@ -24,7 +24,7 @@ import fdsurgery
 from fdconv import FDConv2d, FDLinear
 from fdsurgery.verification import relative_error
 
-from .timing import interleaved, write
+from .timing import interleaved, turns_of, write
 
 
 def resnet50() -> tuple[nn.Module, Tensor]:
@@ -102,7 +102,7 @@ def measured(name: str, batch: int, threads: int, seconds: float) -> list[dict[s
             print(rows[-1], flush=True)
         calls["torch, static"] = lambda: static(x)
         calls["torch, converted"] = lambda: converted(x)
-        times = interleaved(calls, torch.device("cpu"), seconds)
+        times = interleaved(turns_of(calls, torch.device("cpu")), seconds)
     for row in rows:
         row["ms"] = times[row["file"]]
         row["torch_ms"] = times["torch, static" if row["file"] == "static" else "torch, converted"]

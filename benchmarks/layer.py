@@ -18,7 +18,7 @@ from torch import nn
 from fdconv import FDConv2d, FDLinear
 
 from .plain import make_plain_
-from .timing import PLOTS, call_of, environment, interleaved, write
+from .timing import PLOTS, call_of, environment, interleaved, turns_of, write
 
 KINDS = ("3x3 convolution", "1x1 convolution", "linear")
 MODES = ("inference", "training")
@@ -112,7 +112,8 @@ def main() -> None:
     todo = [(k, m, axis, point) for k in KINDS for m in MODES for axis, points in AXES.items() for point in points]
     rows = []
     for kind, mode, axis, point in track(todo, "points"):
-        times = interleaved(calls(kind, point, mode, device, dtype, options.compiled), device, options.seconds)
+        own = calls(kind, point, mode, device, dtype, options.compiled)
+        times = interleaved(turns_of(own, device), options.seconds)
         rows.append({"kind": kind, "mode": mode, "axis": axis, "point": point, "milliseconds": times})
         write("layer", device, rows, table(rows))
     plot(rows, device)

@@ -1,22 +1,19 @@
 """Times whole models: static, the textbook path, ours, ours compiled, and another implementation, in one run.
 
     python -m benchmarks.model [--rows TEXT] [--device cpu|cuda] [--dtype float32|bfloat16] [--compiled]
-                               [--peer FDConv.py] [--seconds S] [--memory]
+                               [--peer FDConv.py] [--seconds S]
 
-All variants of a row are run in turns, and what is reported is the median and its ratio to static. `--peer` takes
-the file `FDConv.py` of a checkout of the public code. `--memory` measures the peak of each variant in a process of its
-own.
+Every variant of a row has a process of its own, for memory that one gives back makes the next slower. They run in
+turns, and what is reported is the fastest, its ratio to static, and the peak of memory. `--peer` takes the file
+`FDConv.py` of a checkout of the public code.
 Writes `benchmarks/results/model-DEVICE.json` and `.md`.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import json
-import subprocess
-import sys
-from collections.abc import Callable
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,7 @@ import fdsurgery
 
 from .peer import convert_to_peer_, load_peer
 from .plain import make_plain_
-from .timing import call_of, interleaved, peak_memory, write
+from .timing import call_of, interleaved, peak_memory, turn, write
 
 CPU_ROWS = [
     ("resnet50", 1, (224, 224), "inference"),
@@ -69,74 +66,86 @@ def build(name: str) -> nn.Module:
     return timm.create_model(name)
 
 
-def variants(row: Row, names: list[str], device: torch.device, peer: Any) -> dict[str, nn.Module]:
-    """The models of a row by what is timed."""
-    static = build(row[0])
-    plan = fdsurgery.plan(static)
-    ours = fdsurgery.apply(plan, copy.deepcopy(static))
-    made: dict[str, Callable[[], Any]] = {
-        "static": lambda: copy.deepcopy(static),
-        "static compiled": lambda: torch.compile(copy.deepcopy(static)),
-        "plain": lambda: make_plain_(copy.deepcopy(ours)),
-        "ours": lambda: copy.deepcopy(ours),
-        "ours compiled": lambda: torch.compile(copy.deepcopy(ours)),
-        "peer": lambda: convert_to_peer_(copy.deepcopy(static), plan, peer),
-    }
-    return {name: made[name]().to(device) for name in names}
+def make(row: Row, name: str, peer: Path | None) -> nn.Module:
+    """The model of a variant."""
+    torch.manual_seed(0)
+    model = build(row[0])
+    kind, _, compiled = name.partition(" ")
+    if kind == "peer":
+        assert peer is not None
+        convert_to_peer_(model, fdsurgery.plan(model), load_peer(peer))
+    elif kind != "static":
+        model = fdsurgery.convert(model)
+    if kind == "plain":
+        make_plain_(model)
+    return torch.compile(model) if compiled else model
 
 
-def calls(
-    row: Row, models: dict[str, nn.Module], device: torch.device, dtype: torch.dtype
-) -> dict[str, Callable[[], Any]]:
-    """What is timed, under autocast where the dtype is not float32."""
+class Variant:
+    """A variant of a row in a process of its own."""
+
+    def __init__(self, row: Row, name: str, options: argparse.Namespace) -> None:
+        spawned = multiprocessing.get_context("spawn")
+        self.process = ProcessPoolExecutor(1, spawned, _prepare, (row, name, options))
+
+    def turn(self) -> float:
+        """Milliseconds of one call."""
+        return self.process.submit(_turn).result()
+
+    def peak(self) -> float:
+        """MiB, of all calls so far; on a CPU with all that the process holds."""
+        return self.process.submit(_peak).result()
+
+
+_prepared: dict[str, Any] = {}
+"""What a variant's process calls, and where it runs."""
+
+
+def _prepare(row: Row, name: str, options: argparse.Namespace) -> None:
     _, batch, size, mode = row
-    x = torch.randn(batch, 3, *size, device=device)
-
-    def under_autocast(call: Callable[[], Any]) -> Callable[[], Any]:
-        def run() -> Any:
-            with torch.autocast(device.type, dtype):
-                return call()
-
-        return run
-
-    plain = {name: call_of(model, x, mode) for name, model in models.items()}
-    return plain if dtype == torch.float32 else {name: under_autocast(call) for name, call in plain.items()}
-
-
-def measure(row: Row, names: list[str], options: argparse.Namespace, peer: Any) -> dict[str, Any]:
-    """Milliseconds of every variant, and its ratio to static."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    convolutional = row[0] == "resnet50"
-    own = [name for name in names if name != "peer" or convolutional]
-    times = interleaved(calls(row, variants(row, own, device, peer), device, dtype), device, options.seconds)
-    base = times.get("static compiled", times["static"]) if device.type == "cuda" else times["static"]
+    call = call_of(make(row, name, options.peer).to(device), torch.randn(batch, 3, *size, device=device), mode)
+
+    def under_autocast() -> Any:
+        with torch.autocast(device.type, dtype):
+            return call()
+
+    _prepared.update(call=call if dtype == torch.float32 else under_autocast, device=device)
+
+
+def _turn() -> float:
+    return turn(_prepared["call"], _prepared["device"])
+
+
+def _peak() -> float:
+    return peak_memory(_prepared["call"], _prepared["device"])
+
+
+def measure(row: Row, names: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of every variant, its ratio to static, and its peak of memory."""
+    own = [name for name in names if name != "peer" or row[0] == "resnet50"]
+    variants = {name: Variant(row, name, options) for name in own}
+    times = interleaved({name: variant.turn for name, variant in variants.items()}, options.seconds)
+    cuda = torch.device(options.device).type == "cuda"
+    base = times.get("static compiled", times["static"]) if cuda else times["static"]
     result: dict[str, Any] = {"row": label(row), "dtype": options.dtype, "milliseconds": times}
     result["ratios"] = {name: time / base for name, time in times.items()}
-    if options.memory:
-        result["peak_mib"] = {name: _peak_in_process(row, name, options) for name in own}
+    result["peak_mib"] = {name: variant.peak() for name, variant in variants.items()}
+    for variant in variants.values():
+        variant.process.shutdown()
     return result
 
 
-def _peak_in_process(row: Row, name: str, options: argparse.Namespace) -> float:
-    command = [sys.executable, "-m", "benchmarks.model", "--peak", json.dumps([row, name])]
-    command += ["--device", options.device, "--dtype", options.dtype]
-    if options.peer:
-        command += ["--peer", str(options.peer)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
-
-
 def table(rows: list[dict[str, Any]]) -> str:
-    """Milliseconds with ratios to static, as Markdown."""
+    """Milliseconds with ratios to static, and peaks of memory, as Markdown."""
     names = list(dict.fromkeys(name for row in rows for name in row["milliseconds"]))
     lines = ["| | dtype | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
     for row in rows:
         cells = []
         for name in names:
             time = row["milliseconds"].get(name)
-            cell = "" if time is None else f"{time:,.0f} ms ({row['ratios'][name]:.2f})"
-            if time is not None and "peak_mib" in row:
-                cell += f", {row['peak_mib'][name]:,.0f} MiB"
-            cells.append(cell)
+            peak = "" if time is None else f", {row['peak_mib'][name]:,.0f} MiB"
+            cells.append("" if time is None else f"{time:,.0f} ms ({row['ratios'][name]:.2f}){peak}")
         lines.append(f"| {row['row']} | {row['dtype']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -150,25 +159,15 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="compiled variants too")
     parser.add_argument("--peer", type=Path, help="FDConv.py of a checkout of the public code")
     parser.add_argument("--seconds", type=float, default=15, help="time for a row")
-    parser.add_argument("--memory", action="store_true", help="peak memory of every variant")
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    peer = load_peer(options.peer) if options.peer else None
     device = torch.device(options.device)
-    if options.peak:
-        (name, batch, size, mode), variant = json.loads(options.peak)
-        row: Row = (name, batch, tuple(size), mode)
-        dtype = getattr(torch, options.dtype)
-        (call,) = calls(row, variants(row, [variant], device, peer), device, dtype).values()
-        print(peak_memory(call, device))
-        return
     names = ["static", "plain", "ours"]
     names += ["static compiled", "ours compiled"] if options.compiled else []
-    names += ["peer"] if peer else []
+    names += ["peer"] if options.peer else []
     rows = []
     for row in CPU_ROWS if device.type == "cpu" else GPU_ROWS:
         if options.rows in label(row):
-            rows.append(measure(row, names, options, peer))
+            rows.append(measure(row, names, options))
             print(table(rows[-1:]).splitlines()[-1], flush=True)
             write("model", device, rows, table(rows))
 

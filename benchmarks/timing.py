@@ -8,10 +8,10 @@ import platform
 import resource
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import date
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -23,28 +23,41 @@ RESULTS = Path(__file__).parent / "results"
 PLOTS = Path(__file__).parent.parent / "docs" / "images"
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], device: torch.device, seconds: float) -> dict[str, float]:
-    """Median milliseconds of each call, run in turns so that a slow spell of the machine hits all of them.
+def turn(call: Callable[[], Any], device: torch.device) -> float:
+    """Milliseconds of the second of two calls.
+
+    It finds caches and memory as a loop over this call alone would, not as another call left them.
+    """
+    call()
+    _wait(device)
+    start = time.perf_counter()
+    call()
+    _wait(device)
+    return (time.perf_counter() - start) * 1e3
+
+
+def interleaved(turns: Mapping[str, Callable[[], float]], seconds: float) -> dict[str, float]:
+    """Fewest milliseconds of what is timed, in turns so that a slow spell of the machine hits all of it.
+
+    Fewest, for whatever else the machine does only adds to them.
 
     Args:
-        calls: what to time, by name.
-        device: waited for after each call.
-        seconds: about how long to go on, but for at least three turns after one to warm up.
+        turns: each gives the milliseconds of one call.
+        seconds: about how long to go on, but for at least three rounds after one to warm up.
     """
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-        if device.type == "cuda":
-            call()  # what the first call tuned or captured runs from the second on
+    for once in turns.values():
+        once()
+    taken: dict[str, list[float]] = {name: [] for name in turns}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(taken.values()))) < 3:
-        for name, call in calls.items():
-            _wait(device)
-            start = time.perf_counter()
-            call()
-            _wait(device)
-            taken[name].append((time.perf_counter() - start) * 1e3)
-    return {name: median(times) for name, times in taken.items()}
+        for name, once in turns.items():
+            taken[name].append(once())
+    return {name: min(times) for name, times in taken.items()}
+
+
+def turns_of(calls: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[str, Callable[[], float]]:
+    """What `interleaved` takes, for calls in this process."""
+    return {name: partial(turn, call, device) for name, call in calls.items()}
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> float:
