@@ -22,4 +22,4 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     """A region in which autocast, if on, does not lower the precision."""
     if torch.amp.autocast_mode.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()  # where there is none, or on devices that know none, such as meta
+    return contextlib.nullcontext()  # where autocast is off, or unknown as on meta

@@ -637,9 +637,12 @@ def test_every_vision_class_makes_the_round_trip(spec: str, tmp_path: Path) -> N
         model = zoo.build(spec).eval()
         model.save_pretrained(tmp_path / "plain")
         type(model).from_pretrained(tmp_path / "plain")
+    except Exception as error:  # of any kind: so far only transformers has run
+        pytest.skip(f"the plain model cannot be built or loaded: {error}")
+    try:
         inputs = observe(model).inputs
-    except Exception as error:
-        pytest.skip(f"the plain model cannot be built, loaded or run: {error}")
+    except (ImportError, ValueError, OSError) as error:
+        pytest.skip(f"the plain model cannot be run: {error}")
     plan = fdsurgery.plan(model, example_inputs=inputs)
     if not plan.swaps:
         pytest.skip("nothing to convert")

@@ -291,12 +291,9 @@ def _geometry(layer: Any) -> dict[str, Any]:
     if _is_scripted_layer(layer) and not (hasattr(layer, "in_features") or hasattr(layer, "in_channels")):
         # A traced layer keeps its tensors and forgets the rest.
         out_channels, in_channels, *kernel_size = layer.weight.shape
-        channels = {"in_channels": in_channels, "out_channels": out_channels}
-        return (
-            {"kind": "conv", "kernel_size": tuple(kernel_size)} | channels
-            if kernel_size
-            else {"kind": "linear"} | channels
-        )
+        kernel = {"kernel_size": tuple(kernel_size)} if kernel_size else {}
+        traced: Kind = "conv" if kernel_size else "linear"
+        return {"kind": traced, "in_channels": in_channels, "out_channels": out_channels} | kernel
     kind: Kind = "linear" if hasattr(layer, "in_features") else "conv"
     if kind == "linear":
         return {"kind": kind, "in_channels": layer.in_features, "out_channels": layer.out_features}
