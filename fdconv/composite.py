@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -137,6 +137,14 @@ def global_factors(factors: Factors, shape: WeightShape) -> list[Tensor]:
     return found
 
 
+def output_size(
+    padded: Iterable[int], kernel_size: Iterable[int], stride: Iterable[int], dilation: Iterable[int]
+) -> tuple[int, ...]:
+    """Positions of a convolution along each axis of an input that is padded."""
+    geometry = zip(padded, kernel_size, stride, dilation, strict=True)
+    return tuple((size - (kernel - 1) * apart - 1) // step + 1 for size, kernel, step, apart in geometry)
+
+
 def per_sample(x: Tensor, weight: Tensor, conv: Convolution | None) -> Tensor:
     """Convolve with a weight for every sample, or without a `Convolution` multiply: see the two functions below."""
     if conv is None:
@@ -234,8 +242,7 @@ def _conv2d_by_products(
     """`conv2d_per_sample` for ONNX, where a file says how many groups a convolution has, and so how many samples."""
     k_h, k_w = weight.shape[3:]
     x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
-    rows = (x.shape[2] - dilation[0] * (k_h - 1) - 1) // stride[0] + 1
-    columns = (x.shape[3] - dilation[1] * (k_w - 1) - 1) // stride[1] + 1
+    rows, columns = output_size(x.shape[2:], (k_h, k_w), stride, dilation)
     height, width = (rows - 1) * stride[0] + 1, (columns - 1) * stride[1] + 1
     lines = [x[:, :, top : top + height : stride[0]] for top in range(0, k_h * dilation[0], dilation[0])]
     lefts = range(0, k_w * dilation[1], dilation[1])

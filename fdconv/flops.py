@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from .composite import output_size
 from .config import FDConfig
 from .layers import FDConv2d, FDLinear
 from .modulation import GlobalModulation
@@ -124,8 +125,7 @@ def _positions(layer: FDConv2d | FDLinear, sample_shape: Sequence[int]) -> int:
         return prod(sample_shape[:-1])
     left, right, top, bottom = layer._reversed_padding_repeated_twice
     padded = (sample_shape[-2] + top + bottom, sample_shape[-1] + left + right)
-    geometry = zip(padded, layer.kernel_size, layer.stride, layer.dilation, strict=True)
-    return prod((size - (kernel - 1) * dilation - 1) // stride + 1 for size, kernel, stride, dilation in geometry)
+    return prod(output_size(padded, layer.kernel_size, layer.stride, layer.dilation))
 
 
 def _linear_maps(ksm: GlobalModulation) -> list[Any]:

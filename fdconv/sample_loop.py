@@ -20,6 +20,7 @@ from .composite import (
     WeightShape,
     channel_windows,
     differentiable_gradients,
+    output_size,
     per_sample,
     per_sample_backward,
 )
@@ -75,12 +76,8 @@ def _outputs(x: Tensor, shape: WeightShape, conv: Convolution | None) -> int:
     """Numbers that a sample of the result has."""
     if conv is None:
         return x[0].numel() // shape.in_channels * shape.out_channels
-    size = (
-        (length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-        for length, padding, dilation, kernel, stride in zip(
-            x.shape[2:], conv.padding, conv.dilation, shape.kernel_size, conv.stride, strict=True
-        )
-    )
+    padded = (length + 2 * padding for length, padding in zip(x.shape[2:], conv.padding, strict=True))
+    size = output_size(padded, shape.kernel_size, conv.stride, conv.dilation)
     return shape.out_channels * math.prod(size)
 
 
