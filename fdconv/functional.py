@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from . import sample_loop, triton_kernels
+from . import compiled_steps, cpu_kernels, sample_loop, torch_steps, triton_kernels
 from .composite import (
     Convolution,
     WeightShape,
@@ -22,9 +22,10 @@ from .memory import Explained
 from .modulation import Factors
 from .precision import without_autocast
 
-Backend = Literal["auto", "torch", "triton"]
-"""`torch` computes with PyTorch's own operations, on CPUs chunk by chunk; `triton` with fused kernels; `auto` takes
-those where they serve, which is on NVIDIA GPUs with Triton."""
+Backend = Literal["auto", "torch", "cpp", "triton"]
+"""`torch` computes with PyTorch's own operations, on CPUs chunk by chunk; `cpp` with kernels for CPUs, which this
+machine's compiler makes when they are first needed; `triton` with kernels for NVIDIA GPUs; `auto` takes those where
+they serve."""
 
 _backend: Backend = "auto"
 
@@ -73,7 +74,7 @@ def frequency_dynamic(
         `(B, C_out, H', W')` or `(B, ..., C_out)`.
 
     Raises:
-        ValueError: there is no such backend, or Triton was asked for and cannot serve: no device for it, or float64.
+        ValueError: there is no such backend, or it cannot serve: no compiler, no device, or float64 with Triton.
         torch.OutOfMemoryError: torch's own, with what to lower.
     """
     device = x.device.type
@@ -87,7 +88,8 @@ def frequency_dynamic(
             make = partial(_triton_weights, frequency_group=frequency_group, shape=shape, dtype=dtype)
             convolve = _triton_per_sample if _triton_convolves(shape, conv) else per_sample
         elif x.dtype == dtype and sample_loop.serves(x, spectra, factors):
-            return sample_loop.apply(x, spectra, frequency_group, factors, shape, conv)
+            steps = compiled_steps if _compiled_serves(spectra, factors, backend) else torch_steps
+            return sample_loop.apply(x, spectra, frequency_group, factors, shape, conv, steps)
         else:
             make = partial(_torch_weights, frequency_group=frequency_group, shape=shape, dtype=dtype)
             convolve = per_sample
@@ -96,6 +98,14 @@ def frequency_dynamic(
             recomputed: Tensor = _Recomputed.apply(make, convolve, conv, x, spectra, *factors)  # type: ignore[no-untyped-call]
             return recomputed
         return convolve(x, make(spectra, *factors), conv)
+
+
+def _compiled_serves(spectra: Tensor, factors: Factors, backend: Backend) -> bool:
+    if backend not in ("auto", "cpp"):
+        return False
+    if backend == "cpp" and (reason := cpu_kernels.reason_missing()) is not None:
+        raise ValueError(f"the backend cpp does not serve here: {reason}")
+    return compiled_steps.serves(spectra, factors)
 
 
 def _torch_weights(

@@ -79,7 +79,7 @@ def test_function_transforms_work() -> None:
 
 
 def test_an_unknown_backend_is_told_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="must be one of auto, torch, triton, not 'cuda'"):
+    with pytest.raises(ValueError, match="must be one of auto, torch, cpp, triton, not 'cuda'"):
         fdconv.set_backend("cuda")  # type: ignore[arg-type]
 
 

@@ -1,0 +1,212 @@
+"""The compiled kernels for CPUs: what they compute, how they are compiled, and what is done where they cannot be."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from test_sample_loop import CASES, randomised, results
+from torch import Tensor
+
+import fdconv
+from fdconv import FDConfig, FDConv2d, cpu, cpu_kernels, sample_loop
+
+needs_kernels = pytest.mark.skipif(
+    cpu_kernels.reason_missing() is not None, reason=f"no kernels: {cpu_kernels.reason_missing()}"
+)
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    before, threads = fdconv.set_backend("auto"), torch.get_num_threads()
+    yield
+    fdconv.set_backend(before)
+    torch.set_num_threads(threads)
+
+
+MORE_CASES = {
+    **CASES,
+    "wider than a block": (lambda: FDConv2d(131, 35, (3, 3), padding=1), (5, 131, 5, 4)),
+    "wide 1x1": (lambda: FDConv2d(257, 66, 1, config=FDConfig(kernel_num=300)), (3, 257, 3, 3)),
+    "two spectra, grouped, 5x5": (
+        lambda: FDConv2d(12, 70, 5, padding=2, groups=2, config=FDConfig(kernel_num=9, param_ratio=2)),
+        (2, 12, 6, 7),
+    ),
+    "only frequency groups and filters": (lambda: FDConv2d(9, 4, 3, config=FDConfig(ksm_local=False)), (2, 9, 6, 5)),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("chunk", [2**19, 1, 3000])
+@pytest.mark.parametrize("name", MORE_CASES)
+def test_they_agree_with_float64(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    build, shape = MORE_CASES[name]
+    layer, x = randomised(build()), torch.randn(shape)
+    expected = results(copy.deepcopy(layer).double(), x.double())
+    monkeypatch.setattr(sample_loop, "CHUNK", chunk)
+    results(layer, x)
+    for buffer in cpu.buffer.held.values():
+        buffer.fill_(torch.nan)  # nothing is read that was not written
+    fdconv.set_backend("cpp")
+    for key, found in results(layer, x).items():
+        error = (found.double() - expected[key]).norm() / expected[key].norm().clamp(min=1)
+        assert error < 2e-5, f"{key}: {error:.1e}"
+
+
+@needs_kernels
+def test_they_are_what_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    modulate = cpu_kernels.modulate
+    monkeypatch.setattr(cpu_kernels, "modulate", lambda *given: (calls.append(1), modulate(*given)))
+    build, shape = CASES["3x3"]
+    layer, x = build(), torch.randn(shape)
+    for backend, expected in (("auto", True), ("cpp", True), ("torch", False)):
+        fdconv.set_backend(backend)
+        calls.clear()
+        layer(x)
+        assert bool(calls) == expected, backend
+    calls.clear()
+    fdconv.set_backend("auto")
+    layer.double()(x.double())
+    assert not calls, "there are no kernels for float64"
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["3x3", "two spectra, grouped, 5x5", "wide 1x1", "depthwise"])
+def test_results_do_not_depend_on_the_number_of_threads(name: str) -> None:
+    build, shape = MORE_CASES[name]
+    layer, x = randomised(build()), torch.randn(shape)
+    parts = [torch.empty(3, 5, 7, 2).normal_(), torch.empty(1, 100, 9, 2).normal_()]
+    found = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        scaled = _kernels_alone(layer, x)
+        turned = []
+        for part in parts:
+            out = torch.full((part.shape[0], part.shape[2], part.shape[1], 2), torch.nan)
+            cpu_kernels.transpose(part, out)
+            assert torch.equal(out, part.transpose(1, 2))
+            turned.append(out)
+        found.append([*scaled, *turned])
+    for others in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
+
+
+def _kernels_alone(layer: FDConv2d, x: Tensor) -> list[Tensor]:
+    """What the kernels give for a layer, without the library's convolutions, which differ from thread to thread."""
+    torch.manual_seed(1)
+    ratio, rows, columns, _ = layer.dft_weight.shape
+    out_channels, in_channels, k_h, k_w = layer._kernel_shape()
+    samples, positions = len(x), k_h * k_w
+    spectra = layer.dft_weight.detach()
+    tables = torch.rand(samples, ratio, layer.config.kernel_num)
+    across = torch.empty(samples, columns, rows, 2)
+    cpu_kernels.scale(spectra, layer.frequency_group, tables, across)
+    to_spectra = torch.zeros_like(spectra)
+    to_tables = cpu_kernels.scale_backward(across, spectra, layer.frequency_group, tables, to_spectra)
+    taps = layer.KSM_Local.taps.detach()
+    every = layer.groups * in_channels
+    modulation = cpu_kernels.Modulation.of(
+        layer._weight_shape(),
+        torch.nn.functional.pad(torch.randn(samples, every), (taps.shape[1] // 2,) * 2),
+        taps.T,
+        torch.rand(samples, out_channels, positions),
+        torch.rand(samples, every),
+    )
+    image = torch.randn(samples, out_channels * k_h, in_channels * k_w)
+    weights = torch.empty(samples, out_channels, in_channels, k_h, k_w)
+    cpu_kernels.modulate(modulation, image, weights)
+    to_image = torch.empty_like(image)
+    rest = cpu_kernels.modulate_backward(modulation, weights, image, to_image)
+    return [across, to_spectra, to_tables, weights, to_image, *(it for it in rest if it is not None)]
+
+
+@needs_kernels
+def test_the_gate_at_large_logits_and_nan() -> None:
+    logits = torch.tensor(
+        [0.0, -0.0, 1e-8, 3.3, -3.3, 20, -20, 87.5, -87.5, 1e4, -1e4, torch.inf, -torch.inf, torch.nan]
+    )
+    every = torch.cat([logits, torch.linspace(-90, 90, 20011)])
+    shape = FDConv2d(len(every), 1, 1)._weight_shape()
+    modulation = cpu_kernels.Modulation.of(
+        shape, every[None], torch.ones(1, 1), torch.ones(1, 1, 1), torch.ones(1, len(every))
+    )
+    out = torch.empty(1, 1, len(every), 1, 1)
+    cpu_kernels.modulate(modulation, torch.ones(1, 1, len(every)), out)
+    expected = torch.sigmoid(every.double())
+    torch.testing.assert_close(out.flatten().double(), expected, rtol=1e-6, atol=1e-37, equal_nan=True)
+
+
+@needs_kernels
+def test_spectra_and_groups_need_not_be_contiguous() -> None:
+    build, shape = CASES["3x3"]
+    layer, x = randomised(build()), torch.randn(shape)
+    expected = layer.eval()(x)
+    layer.dft_weight.data = layer.dft_weight.data.transpose(1, 2).contiguous().transpose(1, 2)
+    layer.frequency_group = layer.frequency_group.T.contiguous().T
+    torch.testing.assert_close(layer(x), expected)
+
+
+# Compiling
+
+USE = """
+import torch, fdconv
+from fdconv import cpu_kernels
+layer, x = fdconv.FDConv2d(8, 8, 3), torch.randn(2, 8, 6, 6)
+layer(x).sum().backward()
+print(cpu_kernels.reason_missing())
+fdconv.set_backend("cpp")
+try:
+    layer(x)
+except ValueError as error:
+    print(error)
+"""
+
+
+def start(**environment: str) -> subprocess.Popen[str]:
+    place = {**os.environ, "PYTHONPATH": str(Path(fdconv.__file__).parents[1]), **environment}
+    return subprocess.Popen([sys.executable, "-c", USE], env=place, stdout=subprocess.PIPE, text=True)
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0
+    return text
+
+
+@needs_kernels
+def test_processes_that_compile_at_once_share_one_library(tmp_path: Path) -> None:
+    processes = [start(XDG_CACHE_HOME=str(tmp_path)) for _ in range(3)]
+    assert [said(process) for process in processes] == ["None\n"] * 3
+    assert len(list((tmp_path / "fdconv").iterdir())) == 1
+
+
+@needs_kernels
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert said(start(XDG_CACHE_HOME=str(tmp_path / "file"))) == "None\n"
+
+
+@needs_kernels
+def test_a_broken_library_in_the_cache_is_told(tmp_path: Path) -> None:
+    said(start(XDG_CACHE_HOME=str(tmp_path)))
+    (library,) = (tmp_path / "fdconv").iterdir()
+    library.write_bytes(b"")
+    assert "the compiled kernels cannot be loaded" in said(start(XDG_CACHE_HOME=str(tmp_path)))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there is nothing to compile with")
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("no-such-compiler", "there is no C++ compiler no-such-compiler on this machine"), ("false", "false failed")],
+)
+def test_without_a_compiler_torch_takes_the_steps(compiler: str, reason: str, tmp_path: Path) -> None:
+    text = said(start(XDG_CACHE_HOME=str(tmp_path), CXX=compiler))
+    assert reason in text
+    assert "the backend cpp does not serve here" in text
