@@ -7,6 +7,7 @@ for the library reads and writes those along another one several times slower.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,60 +25,104 @@ def serves(spectra: Tensor, factors: Factors) -> bool:
     return spectra.dtype == torch.float32 and factors.kernel is not None and cpu_kernels.reason_missing() is None
 
 
-def index(group: Tensor) -> Tensor:
-    """The groups of the coefficients `(D1, D2h)` as these steps look them up."""
-    return group.contiguous()
+class Source(NamedTuple):
+    """What weights are made of. All is float32 and contiguous."""
+
+    spectra: Tensor
+    """`(r, D1, D2h, 2)`."""
+    group: Tensor
+    """`(D1, D2h)`."""
+    tables: Tensor
+    """`(b, r, n)`, the factors of the groups."""
+    factors: Factors
+    shape: WeightShape
+    context: Tensor | None
+    """`(b, C_in + taps - 1)`, what the short filters slide along."""
+    shorts: Tensor | None
+    """`(taps, C_out*k_h*k_w)`, the short filters."""
+    rows: Tensor
+    """`(b, C_out, k_h*k_w)`, filter times spatial."""
+    columns: Tensor
+    """`(b, C_in)`."""
+
+    def of(self, samples: slice) -> Source:
+        """What those of some of the samples are made of."""
+        if samples == slice(0, len(self.tables)):
+            return self
+        return self._replace(
+            tables=self.tables[samples],
+            factors=self.factors.of(samples),
+            context=None if self.context is None else self.context[samples],
+            rows=self.rows[samples],
+            columns=self.columns[samples],
+        )
+
+    @property
+    def modulation(self) -> cpu_kernels.Modulation:
+        return cpu_kernels.Modulation.of(self.shape, self.context, self.shorts, self.rows, self.columns)
 
 
-def images(spectra: Tensor, group: Tensor, factors: Factors, shape: WeightShape) -> Tensor:
-    """The weights of a chunk before they are modulated in space, as images `(b, D1, D2)`."""
+def source(spectra: Tensor, group: Tensor, factors: Factors, shape: WeightShape) -> Source:
+    """What the weights of all samples are made of."""
     assert factors.kernel is not None
-    samples, (ratio, rows, columns, _) = len(factors.kernel), spectra.shape
-    across = buffer("spectra", (samples, columns, rows, 2), spectra.dtype)
-    tables = (factors.kernel * spectra_scale(factors, shape)).view(samples, ratio, -1)
-    cpu_kernels.scale(spectra.contiguous(), group, tables, across)
-    halfway = torch.fft.ifft(torch.view_as_complex(across), dim=2)
-    scaled = across.view(samples, rows, columns, 2)  # what was there is no longer needed
-    cpu_kernels.transpose(torch.view_as_real(halfway), scaled)
-    return torch.fft.irfft(torch.view_as_complex(scaled), shape.width, dim=2)
-
-
-def weights(images: Tensor, factors: Factors, shape: WeightShape) -> Tensor:
-    """The weights of a chunk, `(b, C_out, C_in/groups, k_h, k_w)`, in a buffer that the next chunk writes to."""
-    made = buffer("weights", (len(images), shape.out_channels, shape.in_channels, *shape.kernel_size), images.dtype)
-    cpu_kernels.modulate(_modulation(factors, shape), images, made)
-    return made
-
-
-def _modulation(factors: Factors, shape: WeightShape) -> cpu_kernels.Modulation:
-    positions, one = math.prod(shape.kernel_size), torch.ones(1)
-    rows = (one if factors.filter is None else factors.filter)[..., None]
-    if factors.spatial is not None:
-        rows = rows * factors.spatial[:, None]
-    columns = one if factors.channel is None else factors.channel
+    tables = (factors.kernel * spectra_scale(factors, shape)).view(len(factors.kernel), len(spectra), -1)
     context = shorts = None
     if factors.context is not None and factors.taps is not None:
         half = factors.taps.shape[1] // 2
-        context, shorts = F.pad(factors.context, (half, half)), factors.taps.T * steepness(shape)
-    return cpu_kernels.Modulation.of(
+        context, shorts = F.pad(factors.context, (half, half)), (factors.taps.T * steepness(shape)).contiguous()
+    size = (len(tables), shape.out_channels, math.prod(shape.kernel_size))
+    if factors.filter is None:
+        rows = tables.new_ones(size) if factors.spatial is None else factors.spatial[:, None].expand(size)
+    else:
+        rows = factors.filter[..., None]
+        rows = rows.expand(size) if factors.spatial is None else rows * factors.spatial[:, None]
+    columns = factors.channel
+    if columns is None:
+        columns = tables.new_ones(len(tables), shape.groups * shape.in_channels)
+    return Source(
+        spectra.contiguous(),
+        group.contiguous(),
+        tables,
+        factors,
         shape,
         context,
         shorts,
-        rows.expand(factors.batch, shape.out_channels, positions),
-        columns.expand(factors.batch, shape.groups * shape.in_channels),
+        rows.contiguous(),
+        columns.contiguous(),
     )
 
 
+def images(source: Source) -> Tensor:
+    """The weights of a chunk before they are modulated in space, as images `(b, D1, D2)`."""
+    samples, (rows, columns) = len(source.tables), source.group.shape
+    across = buffer("spectra", (samples, columns, rows, 2), torch.float32)
+    cpu_kernels.scale(source.spectra, source.group, source.tables, across)
+    halfway = torch.fft.ifft(torch.view_as_complex(across), dim=2)
+    scaled = across.view(samples, rows, columns, 2)  # what was there is no longer needed
+    cpu_kernels.transpose(torch.view_as_real(halfway), scaled)
+    return torch.fft.irfft(torch.view_as_complex(scaled), source.shape.width, dim=2)
+
+
+def weights(source: Source, images: Tensor) -> Tensor:
+    """The weights of a chunk, `(b, C_out, C_in/groups, k_h, k_w)`, in a buffer that the next chunk writes to."""
+    shape = source.shape
+    size = (len(images), shape.out_channels, shape.in_channels, *shape.kernel_size)
+    made = buffer("weights", size, torch.float32)
+    cpu_kernels.modulate(source.modulation, images, made)
+    return made
+
+
 def modulation_backward(
-    grads: Tensor, images: Tensor, factors: Factors, shape: WeightShape, to_taps: Tensor | None
+    source: Source, grads: Tensor, images: Tensor, to_taps: Tensor | None
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Gradients to the images and to all factors but that of the spectrum, from that of the weights of a chunk.
 
     What goes to the short filters, which are the layer's, is added to `to_taps`.
     """
+    factors, shape = source.factors, source.shape
     to_images = buffer("to images", tuple(images.shape), images.dtype)
     to_rows, to_columns, to_shorts, to_context = cpu_kernels.modulate_backward(
-        _modulation(factors, shape), grads.contiguous(), images, to_images
+        source.modulation, grads.contiguous(), images, to_images
     )
     if to_taps is not None and to_shorts is not None and to_context is not None:
         to_taps.add_(to_shorts.T, alpha=steepness(shape))
@@ -87,23 +132,16 @@ def modulation_backward(
     return to_images, [to_channel, *split_rows(to_rows, factors), to_context]
 
 
-def spectrum_backward(
-    to_images: Tensor,
-    counted: Tensor,
-    group: Tensor,
-    kernel: Tensor | None,
-    shape: WeightShape,
-    to_spectra: Tensor,
-) -> Tensor | None:
+def spectrum_backward(source: Source, to_images: Tensor, counted: Tensor, to_spectra: Tensor) -> Tensor | None:
     """Gradient to the kernel factors of a chunk; that to the spectra, but for their `counts`, is added to `to_spectra`.
 
     `counted` are the spectra times their `counts`.
     """
-    assert kernel is not None
-    samples, (ratio, rows, columns, _) = len(kernel), counted.shape
+    samples, (rows, columns) = len(source.tables), source.group.shape
     halfway = torch.fft.rfft(to_images, dim=2)
-    across = buffer("spectra", (samples, columns, rows, 2), counted.dtype)
+    across = buffer("spectra", (samples, columns, rows, 2), torch.float32)
     cpu_kernels.transpose(torch.view_as_real(halfway), across)
     to_scaled = torch.view_as_real(torch.fft.fft(torch.view_as_complex(across), dim=2))
-    tables = kernel.reshape(samples, ratio, -1).contiguous()
-    return cpu_kernels.scale_backward(to_scaled, counted, group, tables, to_spectra).flatten(1)
+    assert source.factors.kernel is not None
+    tables = source.factors.kernel.view(source.tables.shape)
+    return cpu_kernels.scale_backward(to_scaled, counted, source.group, tables, to_spectra).flatten(1)

@@ -166,7 +166,7 @@ class Modulation(ctypes.Structure):
     def of(
         cls, shape: WeightShape, context: Tensor | None, shorts: Tensor | None, rows: Tensor, columns: Tensor
     ) -> Modulation:
-        """It keeps the tensors, for as long as it lives.
+        """All tensors must be contiguous; they are kept for as long as it lives.
 
         Args:
             context: `(B, C_in + taps - 1)`, with zeros at its ends, or None without local branch.
@@ -175,7 +175,7 @@ class Modulation(ctypes.Structure):
             columns: `(B, C_in)`.
         """
         sizes = (len(rows), shape.out_channels, shape.in_channels, shape.groups, *shape.kernel_size)
-        given = [None if it is None else it.contiguous() for it in (context, shorts, rows, columns)]
+        given = (context, shorts, rows, columns)
         made = cls(
             *sizes, 1 if shorts is None else len(shorts), *(None if it is None else it.data_ptr() for it in given)
         )

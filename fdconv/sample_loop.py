@@ -32,27 +32,20 @@ CHUNK = 2**19
 
 
 class Steps(Protocol):
-    """What is done for each chunk, forward and backward."""
+    """What is done for each chunk, forward and backward: `fdconv.torch_steps` or `fdconv.compiled_steps`."""
 
-    def index(self, group: Tensor, /) -> Tensor: ...
+    def source(self, spectra: Tensor, group: Tensor, factors: Factors, shape: WeightShape, /) -> Any: ...
 
-    def images(self, spectra: Tensor, group: Tensor, factors: Factors, shape: WeightShape, /) -> Tensor: ...
+    def images(self, source: Any, /) -> Tensor: ...
 
-    def weights(self, images: Tensor, factors: Factors, shape: WeightShape, /) -> Tensor: ...
+    def weights(self, source: Any, images: Tensor, /) -> Tensor: ...
 
     def modulation_backward(
-        self, grads: Tensor, images: Tensor, factors: Factors, shape: WeightShape, to_taps: Tensor | None, /
+        self, source: Any, grads: Tensor, images: Tensor, to_taps: Tensor | None, /
     ) -> tuple[Tensor, list[Tensor | None]]: ...
 
     def spectrum_backward(
-        self,
-        to_images: Tensor,
-        counted: Tensor,
-        group: Tensor,
-        kernel: Tensor | None,
-        shape: WeightShape,
-        to_spectra: Tensor,
-        /,
+        self, source: Any, to_images: Tensor, counted: Tensor, to_spectra: Tensor, /
     ) -> Tensor | None: ...
 
 
@@ -146,11 +139,11 @@ def _forward(
     conv: Convolution | None,
     steps: Steps,
 ) -> Tensor:
-    group = steps.index(group)
+    source = steps.source(spectra, group, factors, shape)
     results = []
     for part in _chunks(shape, x.shape[0]):
-        chunk = factors.of(part)
-        weights = steps.weights(steps.images(spectra, group, chunk, shape), chunk, shape)
+        chunk = source.of(part)
+        weights = steps.weights(chunk, steps.images(chunk))
         results.append(per_sample(x[part], weights.to(x.dtype), conv))
     return _joined(results)
 
@@ -179,7 +172,7 @@ def _backward(
     grad: Tensor,
 ) -> list[Tensor | None]:
     """Gradients of all tensors that `_SampleLoop` takes."""
-    group = steps.index(group)
+    source = steps.source(spectra, group, factors, shape)
     # The adjoint of the inverse transform of a half spectrum counts what stands for two coefficients twice.
     counts = spectra.new_ones(spectra.shape[2:])
     counts[1 : (shape.width + 1) // 2] = 2
@@ -190,14 +183,14 @@ def _backward(
     to_taps = None if factors.taps is None else torch.zeros_like(factors.taps)
     to_factors = [None if factor is None else torch.empty_like(factor) for factor in factors[:5]]
     for part in _chunks(shape, x.shape[0]):
-        chunk = factors.of(part)
-        images = steps.images(spectra, group, chunk, shape)
-        weights = steps.weights(images, chunk, shape).to(x.dtype)
+        chunk = source.of(part)
+        images = steps.images(chunk)
+        weights = steps.weights(chunk, images).to(x.dtype)
         to_part, to_weights = per_sample_backward(grad[part], x[part], weights, conv)
         to_x.append(to_part)
         to_weights = to_weights.to(spectra.dtype)
-        to_images, found = steps.modulation_backward(to_weights, images, chunk, shape, to_taps)
-        to_kernel = steps.spectrum_backward(to_images, counted, group, chunk.kernel, shape, to_spectra)
+        to_images, found = steps.modulation_backward(chunk, to_weights, images, to_taps)
+        to_kernel = steps.spectrum_backward(chunk, to_images, counted, to_spectra)
         for whole, own in zip(to_factors, [to_kernel, *found], strict=True):
             if whole is not None and own is not None:
                 whole[part] = own

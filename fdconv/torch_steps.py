@@ -16,13 +16,29 @@ from .cpu import blocks, buffer
 from .modulation import Factors
 
 
-def index(group: Tensor) -> Tensor:
-    """The groups of the coefficients `(D1, D2h)` as these steps look them up."""
-    return group.int()
+class Source(NamedTuple):
+    """What weights are made of."""
+
+    spectra: Tensor
+    """`(r, D1, D2h, 2)`."""
+    group: Tensor
+    """`(D1, D2h)`, int32."""
+    factors: Factors
+    shape: WeightShape
+
+    def of(self, samples: slice) -> Source:
+        """What those of some of the samples are made of."""
+        return self._replace(factors=self.factors.of(samples))
 
 
-def images(spectra: Tensor, group: Tensor, factors: Factors, shape: WeightShape) -> Tensor:
+def source(spectra: Tensor, group: Tensor, factors: Factors, shape: WeightShape) -> Source:
+    """What the weights of all samples are made of."""
+    return Source(spectra, group.int(), factors, shape)
+
+
+def images(source: Source) -> Tensor:
     """The weights of a chunk before they are modulated in space, `(b, C_out, k_h, k_w, C_in/groups)`, a view."""
+    spectra, group, factors, shape = source
     scaled = torch.view_as_complex(_scaled(spectra, group, factors.kernel, spectra_scale(factors, shape)))
     image = torch.fft.irfft2(scaled, s=(scaled.shape[1], shape.width))
     k_h, k_w = shape.kernel_size
@@ -62,8 +78,9 @@ def _gain(table: Tensor, group: Tensor) -> Tensor:
     return torch.view_as_real(found).view(len(table), *group.shape, 2)
 
 
-def weights(images: Tensor, factors: Factors, shape: WeightShape) -> Tensor:
+def weights(source: Source, images: Tensor) -> Tensor:
     """The weights of a chunk, `(b, C_out, C_in/groups, k_h, k_w)`, in a buffer that the next chunk writes to."""
+    _, _, factors, shape = source
     made = buffer("weights", (len(images), shape.out_channels, shape.in_channels, *shape.kernel_size), images.dtype)
     local, vectors = _Local.of(factors, shape), _Vectors.of(factors, shape)
     for samples, channels in _channel_blocks(len(images), shape):
@@ -162,12 +179,13 @@ def _channel_blocks(samples: int, shape: WeightShape) -> list[tuple[slice, slice
 
 
 def modulation_backward(
-    grads: Tensor, images: Tensor, factors: Factors, shape: WeightShape, to_taps: Tensor | None
+    source: Source, grads: Tensor, images: Tensor, to_taps: Tensor | None
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Gradients to the images and to all factors but that of the spectrum, from that of the weights of a chunk.
 
     What goes to the short filters, which are the layer's, is added to `to_taps`.
     """
+    _, _, factors, shape = source
     k_h, k_w = shape.kernel_size
     batch = len(grads)
     to_images = buffer("to images", (batch, shape.out_channels, k_h, shape.in_channels, k_w), grads.dtype)
@@ -237,18 +255,13 @@ def _from_windows(to_windows: Tensor) -> Tensor:
     return padded[:, taps // 2 : taps // 2 + channels]
 
 
-def spectrum_backward(
-    to_images: Tensor,
-    counted: Tensor,
-    group: Tensor,
-    kernel: Tensor | None,
-    shape: WeightShape,
-    to_spectra: Tensor,
-) -> Tensor | None:
+def spectrum_backward(source: Source, to_images: Tensor, counted: Tensor, to_spectra: Tensor) -> Tensor | None:
     """Gradient to the kernel factors of a chunk; that to the spectra, but for their `counts`, is added to `to_spectra`.
 
     `counted` are the spectra times their `counts`.
     """
+    _, group, factors, shape = source
+    kernel = factors.kernel
     if kernel is None:
         to_images = to_images.sum(0, keepdim=True)
     rows = shape.out_channels * shape.kernel_size[0]

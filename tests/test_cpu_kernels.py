@@ -115,7 +115,7 @@ def _kernels_alone(layer: FDConv2d, x: Tensor) -> list[Tensor]:
     modulation = cpu_kernels.Modulation.of(
         layer._weight_shape(),
         torch.nn.functional.pad(torch.randn(samples, every), (taps.shape[1] // 2,) * 2),
-        taps.T,
+        taps.T.contiguous(),
         torch.rand(samples, out_channels, positions),
         torch.rand(samples, every),
     )
