@@ -29,9 +29,9 @@ class Source(NamedTuple):
     """What weights are made of. All is float32 and contiguous."""
 
     spectra: Tensor
-    """`(r, D1, D2h, 2)`."""
+    """`(r, D1, D2h, 2)`, or `(r, 1, D2h*D1, 2)` of a spectrum that lies transposed."""
     group: Tensor
-    """`(D1, D2h)`."""
+    """`(D1, D2h)`, or `(1, D2h*D1)`."""
     tables: Tensor
     """`(b, r, n)`, the factors of the groups."""
     factors: Factors
@@ -79,6 +79,8 @@ def source(spectra: Tensor, group: Tensor, factors: Factors, shape: WeightShape)
     columns = factors.channel
     if columns is None:
         columns = tables.new_ones(len(tables), shape.groups * shape.in_channels)
+    if spectra.transpose(1, 2).is_contiguous() and group.T.is_contiguous():  # nothing need be transposed
+        spectra, group = spectra.transpose(1, 2).view(len(spectra), 1, -1, 2), group.T.view(1, -1)
     return Source(
         spectra.contiguous(),
         group.contiguous(),
@@ -92,9 +94,14 @@ def source(spectra: Tensor, group: Tensor, factors: Factors, shape: WeightShape)
     )
 
 
+def _axes(shape: WeightShape) -> tuple[int, int]:
+    """`D1` and `D2h`."""
+    return shape.out_channels * shape.kernel_size[0], shape.width // 2 + 1
+
+
 def images(source: Source) -> Tensor:
     """The weights of a chunk before they are modulated in space, as images `(b, D1, D2)`."""
-    samples, (rows, columns) = len(source.tables), source.group.shape
+    samples, (rows, columns) = len(source.tables), _axes(source.shape)
     across = buffer("spectra", (samples, columns, rows, 2), torch.float32)
     cpu_kernels.scale(source.spectra, source.group, source.tables, across)
     halfway = torch.fft.ifft(torch.view_as_complex(across), dim=2)
@@ -137,11 +144,12 @@ def spectrum_backward(source: Source, to_images: Tensor, counted: Tensor, to_spe
 
     `counted` are the spectra times their `counts`.
     """
-    samples, (rows, columns) = len(source.tables), source.group.shape
+    samples, (rows, columns) = len(source.tables), _axes(source.shape)
     halfway = torch.fft.rfft(to_images, dim=2)
     across = buffer("spectra", (samples, columns, rows, 2), torch.float32)
     cpu_kernels.transpose(torch.view_as_real(halfway), across)
     to_scaled = torch.view_as_real(torch.fft.fft(torch.view_as_complex(across), dim=2))
     assert source.factors.kernel is not None
     tables = source.factors.kernel.view(source.tables.shape)
-    return cpu_kernels.scale_backward(to_scaled, counted, source.group, tables, to_spectra).flatten(1)
+    group = source.group if len(source.group) == rows else source.group.view(columns, rows).T.contiguous()
+    return cpu_kernels.scale_backward(to_scaled, counted, group, tables, to_spectra).flatten(1)

@@ -177,9 +177,9 @@ def _backward(
     counts = spectra.new_ones(spectra.shape[2:])
     counts[1 : (shape.width + 1) // 2] = 2
     counts *= spectra_scale(factors, shape) / (spectra.shape[1] * shape.width)
-    counted = spectra * counts
+    counted = (spectra * counts).contiguous()
     to_x = []
-    to_spectra = torch.zeros_like(spectra)
+    to_spectra = torch.zeros_like(spectra, memory_format=torch.contiguous_format)
     to_taps = None if factors.taps is None else torch.zeros_like(factors.taps)
     to_factors = [None if factor is None else torch.empty_like(factor) for factor in factors[:5]]
     for part in _chunks(shape, x.shape[0]):

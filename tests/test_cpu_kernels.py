@@ -144,13 +144,17 @@ def test_the_gate_at_large_logits_and_nan() -> None:
 
 
 @needs_kernels
-def test_spectra_and_groups_need_not_be_contiguous() -> None:
-    build, shape = CASES["3x3"]
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (3, 0, 1, 2)])
+@pytest.mark.parametrize("name", ["3x3", "two spectra, grouped, 5x5", "one channel"])
+def test_spectra_and_groups_may_lie_in_any_order(name: str, order: tuple[int, ...]) -> None:
+    build, shape = MORE_CASES[name]
     layer, x = randomised(build()), torch.randn(shape)
-    expected = layer.eval()(x)
-    layer.dft_weight.data = layer.dft_weight.data.transpose(1, 2).contiguous().transpose(1, 2)
+    expected = results(layer, x)
+    back = [order.index(axis) for axis in range(4)]
+    layer.dft_weight.data = layer.dft_weight.data.permute(order).contiguous().permute(back)
     layer.frequency_group = layer.frequency_group.T.contiguous().T
-    torch.testing.assert_close(layer(x), expected)
+    for key, found in results(layer, x).items():
+        torch.testing.assert_close(found, expected[key], msg=lambda text, key=key: key + text)
 
 
 # Compiling
