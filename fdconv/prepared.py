@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .cpu_kernels import reason_missing
 from .layers import FrequencyDynamic
 from .modulation import Factors, GlobalModulation, StarReLU, gate
 from .precision import fft_dtype
@@ -17,13 +18,14 @@ from .precision import fft_dtype
 def prepare(layer: FrequencyDynamic) -> None:
     """Prepare a layer for inference, in place; it computes the same to rounding, and can no longer train or be saved.
 
-    The maps of the global branch become two: their norm is part of the first, and all heads are one. The spectrum and
-    its groups lie as the transform reads them.
+    The maps of the global branch become two: their norm is part of the first, and all heads are one. On CPUs the
+    spectrum and its groups lie as the compiled kernels read them.
     """
     if isinstance(layer.KSM_Global, GlobalModulation):
         layer.KSM_Global = PreparedModulation(layer.KSM_Global)  # type: ignore[assignment]
-    layer.dft_weight = nn.Parameter(_across(layer.dft_weight), requires_grad=False)
-    layer.frequency_group = _across(layer.frequency_group[None])[0]
+    if layer.dft_weight.device.type == "cpu" and layer.dft_weight.dtype != torch.float64 and not reason_missing():
+        layer.dft_weight = nn.Parameter(_across(layer.dft_weight), requires_grad=False)
+        layer.frequency_group = _across(layer.frequency_group[None])[0]
 
 
 def _across(values: Tensor) -> Tensor:

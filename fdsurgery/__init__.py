@@ -15,6 +15,7 @@ from .errors import (
 )
 from .finetune import freeze, optimizer_after_surgery, param_groups
 from .huggingface import registration as _registration
+from .inference import compile_for_inference
 from .planning import Decision, Plan, plan
 from .pretrained import from_pretrained, save_pretrained
 from .recipe import Recipe, load_recipe, shipped_recipes
@@ -45,6 +46,7 @@ __all__ = [
     "UnsupportedModelError",
     "Verification",
     "apply",
+    "compile_for_inference",
     "convert",
     "freeze",
     "from_pretrained",
