@@ -1,10 +1,11 @@
-"""Times whole models: static, the textbook path, ours, ours compiled, and another implementation, in one run.
+"""Times whole models: static, the textbook path, ours in its ways, and another implementation, in one run.
 
     python -m benchmarks.model [--rows TEXT] [--device cpu|cuda] [--dtype float32|bfloat16] [--compiled]
                                [--peer FDConv.py] [--seconds S]
 
 Every variant of a row has a process of its own, for memory that one gives back makes the next slower. They run in
-turns, and what is reported is the fastest, its ratio to static, and the peak of memory. `--peer` takes the file
+turns, and what is reported is the fastest, its ratio to static, and the peak of memory. `ours torch` is ours on a CPU
+without compiled kernels, `ours prepared` what `fdsurgery.compile_for_inference` gives. `--peer` takes the file
 `FDConv.py` of a checkout of the public code.
 Writes `benchmarks/results/model-DEVICE.json` and `.md`.
 """
@@ -21,6 +22,7 @@ import timm
 import torch
 from torch import nn
 
+import fdconv
 import fdsurgery
 
 from .peer import convert_to_peer_, load_peer
@@ -66,11 +68,11 @@ def build(name: str) -> nn.Module:
     return timm.create_model(name)
 
 
-def make(row: Row, name: str, peer: Path | None) -> nn.Module:
+def make(row: Row, name: str, peer: Path | None, device: torch.device) -> nn.Module:
     """The model of a variant."""
     torch.manual_seed(0)
-    model = build(row[0])
-    kind, _, compiled = name.partition(" ")
+    model = build(row[0]).to(device)
+    kind, _, way = name.partition(" ")
     if kind == "peer":
         assert peer is not None
         convert_to_peer_(model, fdsurgery.plan(model), load_peer(peer))
@@ -78,7 +80,11 @@ def make(row: Row, name: str, peer: Path | None) -> nn.Module:
         model = fdsurgery.convert(model)
     if kind == "plain":
         make_plain_(model)
-    return torch.compile(model) if compiled else model
+    if way == "torch":
+        fdconv.set_backend("torch")
+    if way == "prepared":
+        return fdsurgery.compile_for_inference(model)
+    return torch.compile(model) if way == "compiled" else model
 
 
 class Variant:
@@ -104,7 +110,8 @@ _prepared: dict[str, Any] = {}
 def _prepare(row: Row, name: str, options: argparse.Namespace) -> None:
     _, batch, size, mode = row
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    call = call_of(make(row, name, options.peer).to(device), torch.randn(batch, 3, *size, device=device), mode)
+    model = make(row, name, options.peer, device)
+    call = call_of(model, torch.randn(batch, 3, *size, device=device), mode)
 
     def under_autocast() -> Any:
         with torch.autocast(device.type, dtype):
@@ -124,6 +131,8 @@ def _peak() -> float:
 def measure(row: Row, names: list[str], options: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of every variant, its ratio to static, and its peak of memory."""
     own = [name for name in names if name != "peer" or row[0] == "resnet50"]
+    if row[3] == "training":
+        own.remove("ours prepared")
     variants = {name: Variant(row, name, options) for name in own}
     times = interleaved({name: variant.turn for name, variant in variants.items()}, options.seconds)
     cuda = torch.device(options.device).type == "cuda"
@@ -161,7 +170,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15, help="time for a row")
     options = parser.parse_args()
     device = torch.device(options.device)
-    names = ["static", "plain", "ours"]
+    names = ["static", "plain", "ours", "ours prepared"]
+    names += ["ours torch"] if device.type == "cpu" else []
     names += ["static compiled", "ours compiled"] if options.compiled else []
     names += ["peer"] if options.peer else []
     rows = []

@@ -3,8 +3,8 @@
     python -m benchmarks.parts [--seconds S]
 
 The parts of the loop over samples are timed from outside, one inside the other not counted twice. What they do per
-weight and sample is nearly the same for all sizes, so that is the unit. Times of the backward pass contain the weights
-made once more. Writes `benchmarks/results/parts-cpu.json` and `.md`.
+weight and sample is nearly the same for all sizes, so that is the unit. Training makes the weights twice, once more for
+the backward pass, and transposes three times. Writes `benchmarks/results/parts-cpu.json` and `.md`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import timm
 import torch
 
 import fdsurgery
-from fdconv import FDConv2d, band_loop, modulation, sample_loop
+from fdconv import FDConv2d, band_loop, compiled_steps, cpu_kernels, modulation, sample_loop
 
 from .timing import call_of, write
 
@@ -37,27 +37,31 @@ class Part:
     name: str
     owner: Any
     attribute: str
-    bytes: int | None = None
+    bytes: float | None = None
     """What one call reads and writes at least, for each weight of a sample, in float32; None if not per weight."""
 
 
 PARTS = [
-    # A coefficient has the size of two weights, and stands for two: spectrum, scaled spectrum, int32 group of two.
-    Part("spectrum scaled", sample_loop, "_scaled", 4 + 4 + 2),
-    # Along one axis, then along the other.
-    Part("inverse transform", torch.fft, "irfft2", 4 * 4),
-    Part("weights modulated", sample_loop, "_weights", 2 * 4),
+    # A coefficient has the size of two weights, and stands for two: spectrum, scaled spectrum, group of a byte.
+    Part("spectrum scaled", cpu_kernels, "scale", 4 + 4 + 0.5),
+    # Along one axis, and along the other. The way there, and in training back.
+    Part("transforms", torch.fft, "ifft", 2 * 4),
+    Part("transforms", torch.fft, "irfft", 2 * 4),
+    Part("transposed between", cpu_kernels, "transpose", 2 * 4),
+    Part("weights modulated", cpu_kernels, "modulate", 2 * 4),
     Part("convolution", sample_loop, "per_sample", 4),
     # It reads the weight for the gradient of the input, and writes its own gradient.
     Part("convolution, backward", sample_loop, "per_sample_backward", 2 * 4),
-    Part("modulation, backward", sample_loop, "_modulation_backward", 3 * 4),
-    Part("transform, backward", torch.fft, "rfft2", 4 * 4),
-    # Its gradient, the spectrum, the groups, and a sum that is read and written.
-    Part("spectrum, backward", sample_loop, "_spectrum_backward", 4 + 4 + 2 + 2 * 4),
+    Part("modulation, backward", cpu_kernels, "modulate_backward", 3 * 4),
+    Part("transforms, backward", torch.fft, "rfft", 2 * 4),
+    Part("transforms, backward", torch.fft, "fft", 2 * 4),
+    # Its gradient, the spectrum, the group, and a sum that is read and written.
+    Part("spectrum, backward", cpu_kernels, "scale_backward", 4 + 4 + 0.5 + 2 * 4),
     Part("band modulation", band_loop._BandLoop, "forward"),
     Part("band modulation, backward", band_loop, "_backward"),
     Part("heads", modulation.GlobalModulation, "forward"),
     Part("heads", modulation.LocalModulation, "forward"),
+    Part("laid out for the kernels", compiled_steps, "source"),
 ]
 
 
@@ -125,7 +129,10 @@ def bandwidth() -> float:
 def table(rows: list[dict[str, Any]], copied: float) -> str:
     """Milliseconds, and nanoseconds a weight and sample, as Markdown; and what a copy moves in a nanosecond."""
     names = ["static", "whole", *dict.fromkeys(part.name for part in PARTS), "all else"]
-    moved = {part.name: part.bytes for part in PARTS if part.bytes is not None}
+    moved: Counter[str] = Counter()
+    for part in PARTS:
+        if part.bytes is not None:
+            moved[part.name] += part.bytes
     head = [f"{row['batch']} x {row['size']}, {row['mode']}" for row in rows]
     lines = ["| | bytes a weight | " + " | ".join(head) + " |", "|---|---|" + "---|" * len(rows)]
     for name in names:
@@ -136,7 +143,7 @@ def table(rows: list[dict[str, Any]], copied: float) -> str:
                 "" if spent is None or name not in moved else f" ({spent * 1e6 / row['weights'] / row['batch']:.1f} ns)"
             )
             cells.append("" if spent is None else f"{spent:,.0f} ms{each}")
-        lines.append(f"| {name} | {moved.get(name, '')} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | {f'{moved[name]:g}' if name in moved else ''} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", f"A copy moves {copied:.0f} bytes a nanosecond."]) + "\n"
 
 
@@ -145,6 +152,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20, help="time for a column")
     options = parser.parse_args()
+    if (reason := cpu_kernels.reason_missing()) is not None:
+        parser.error(f"the parts are those of the compiled kernels, and there are none here: {reason}")
     rows = [measure(*row, options.seconds) for row in ROWS]
     text = table(rows, bandwidth())
     write("parts", torch.device("cpu"), rows, text)

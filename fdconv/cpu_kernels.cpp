@@ -56,47 +56,62 @@ inline float exponential(float x) {
 
 inline float sigmoid(float z) { return 1.0f / (1.0f + exponential(-z)); }
 
+// Gives the highest number of a group, in place of which `groups - 1` is looked up where it is beyond.
 template <typename Group>
-void scale(const float* spectra, const Group* group, const float* tables, float* out, Int ratio, Int rows, Int columns,
+std::uint32_t scale(const float* spectra, const Group* group, const float* tables, float* out, Int ratio, Int rows, Int columns,
            Int samples, Int groups, int threads) {
     const Int across = parts(columns, TILE_COLUMNS);
-#pragma omp parallel for num_threads(threads) schedule(static)
+    const std::uint32_t last = static_cast<std::uint32_t>(groups - 1);
+    std::uint32_t highest = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(max : highest)
     for (Int tile = 0; tile < parts(rows, TILE_ROWS) * across; ++tile) {
         const Int top = tile / across * TILE_ROWS, left = tile % across * TILE_COLUMNS;
         const Int height = std::min(TILE_ROWS, rows - top), width = std::min(TILE_COLUMNS, columns - left);
         alignas(64) float scaled[TILE_ROWS][2 * TILE_COLUMNS];
+        alignas(64) std::uint32_t numbers[TILE_ROWS][TILE_COLUMNS];
+        for (Int row = 0; row < height; ++row) {
+            const Group* own = group + (top + row) * columns + left;
+            prefetch(own + TILE_COLUMNS, TILE_COLUMNS);
+#pragma omp simd reduction(max : highest)
+            for (Int column = 0; column < width; ++column) {
+                const std::uint32_t number = static_cast<std::uint32_t>(own[column]);
+                highest = number > highest ? number : highest;
+                numbers[row][column] = number < last ? number : last;
+            }
+        }
         for (Int sample = 0; sample < samples; ++sample) {
             for (Int row = 0; row < height; ++row) {
                 const Int at = (top + row) * columns + left;
-                prefetch(group + at + TILE_COLUMNS, TILE_COLUMNS);
                 for (Int share = 0; share < ratio; ++share) {
                     const float* table = tables + (sample * ratio + share) * groups;
                     const float* source = spectra + 2 * (share * rows * columns + at);
-                    float* target = scaled[row];
+                    float* target = rows == 1 ? out + 2 * (sample * columns + left) : scaled[row];
                     prefetch(source + 2 * TILE_COLUMNS, 2 * TILE_COLUMNS);
                     if (share == 0) {
 #pragma omp simd
                         for (Int column = 0; column < width; ++column) {
-                            const float gain = table[group[at + column]];
+                            const float gain = table[numbers[row][column]];
                             target[2 * column] = gain * source[2 * column];
                             target[2 * column + 1] = gain * source[2 * column + 1];
                         }
                     } else {
 #pragma omp simd
                         for (Int column = 0; column < width; ++column) {
-                            const float gain = table[group[at + column]];
+                            const float gain = table[numbers[row][column]];
                             target[2 * column] += gain * source[2 * column];
                             target[2 * column + 1] += gain * source[2 * column + 1];
                         }
                     }
                 }
             }
+            if (rows == 1) continue;  // nothing need be turned over
             Pair* place = reinterpret_cast<Pair*>(out) + (sample * columns + left) * rows + top;
             for (Int column = 0; column < width; ++column)
                 for (Int row = 0; row < height; ++row)
                     std::memcpy(place + column * rows + row, &scaled[row][2 * column], 8);
         }
     }
+    return highest;
 }
 
 // A weight's shape, and the factors of its modulation. A gate is half the factor of the local branch.
@@ -280,14 +295,14 @@ void scale_backward(const float* above, const float* spectra, const Group* group
 extern "C" {
 
 // Half spectra scaled by their groups' factors and summed over `ratio`: `(samples, columns, rows, 2)`.
+// Gives the highest number of a group, which should be below `groups`.
 // spectra (ratio, rows, columns, 2); group (rows, columns), of bytes or 32-bit integers; tables (samples, ratio, groups).
-void fdconv_scale(const float* spectra, const void* group, int group_bytes, const float* tables, float* out, Int ratio,
+std::uint32_t fdconv_scale(const float* spectra, const void* group, int group_bytes, const float* tables, float* out, Int ratio,
                   Int rows, Int columns, Int samples, Int groups, int threads) {
     if (group_bytes == 1)
-        scale(spectra, static_cast<const std::uint8_t*>(group), tables, out, ratio, rows, columns, samples, groups,
+        return scale(spectra, static_cast<const std::uint8_t*>(group), tables, out, ratio, rows, columns, samples, groups,
               threads);
-    else
-        scale(spectra, static_cast<const std::int32_t*>(group), tables, out, ratio, rows, columns, samples, groups,
+    return scale(spectra, static_cast<const std::int32_t*>(group), tables, out, ratio, rows, columns, samples, groups,
               threads);
 }
 

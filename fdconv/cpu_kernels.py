@@ -50,6 +50,7 @@ def _library() -> ctypes.CDLL:
         raise CannotCompile(f"the compiled kernels cannot be loaded: {error}") from error
     pointer, number, switch = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.fdconv_scale.argtypes = [pointer, pointer, switch, pointer, pointer, *(number,) * 5, switch]
+    library.fdconv_scale.restype = ctypes.c_uint32
     library.fdconv_transpose.argtypes = [pointer, pointer, number, number, number, switch]
     library.fdconv_modulate.argtypes = [pointer, pointer, pointer, switch]
     library.fdconv_modulate_backward.argtypes = [pointer, pointer, pointer, pointer, switch]
@@ -126,11 +127,19 @@ def scale(spectra: Tensor, group: Tensor, tables: Tensor, out: Tensor) -> None:
         group: `(D1, D2h)`.
         tables: `(B, r, n)`.
         out: `(B, D2h, D1, 2)`, transposed.
+
+    Raises:
+        IndexError: a group is not among the `n`.
     """
-    _library().fdconv_scale(
+    highest = _library().fdconv_scale(
         *(spectra.data_ptr(), group.data_ptr(), group.element_size(), tables.data_ptr(), out.data_ptr()),
         *(len(spectra), *group.shape, len(tables), tables.shape[2], torch.get_num_threads()),
     )
+    if highest >= tables.shape[2]:
+        raise IndexError(
+            f"frequency_group has a coefficient in group {highest}, but there are only {tables.shape[2]} groups: it is "
+            "that of another layer, or damaged"
+        )
 
 
 def scale_backward(above: Tensor, spectra: Tensor, group: Tensor, tables: Tensor, to_spectra: Tensor) -> Tensor:

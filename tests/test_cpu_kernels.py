@@ -157,6 +157,16 @@ def test_spectra_and_groups_may_lie_in_any_order(name: str, order: tuple[int, ..
         torch.testing.assert_close(found, expected[key], msg=lambda text, key=key: key + text)
 
 
+@needs_kernels
+@pytest.mark.parametrize(("kernel_num", "number"), [(7, 7), (7, 255), (300, 300), (300, -1), (300, 2**31 - 1)])
+def test_groups_that_do_not_exist_are_told(kernel_num: int, number: int) -> None:
+    layer = FDConv2d(9, 12, 3, config=FDConfig(kernel_num=kernel_num))
+    layer(torch.randn(1, 9, 4, 4))
+    layer.frequency_group[11, 5] = number
+    with pytest.raises(IndexError, match=rf"in group {number % 2**32}, but there are only {kernel_num} groups"):
+        layer(torch.randn(1, 9, 4, 4))
+
+
 # Compiling
 
 USE = """
