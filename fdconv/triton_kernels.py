@@ -2,7 +2,9 @@
 
 Each is a custom operator of the namespace `fdconv`, so that `torch.compile` traces through it, and computes in float32.
 Where sums run over samples or blocks, every program writes partial sums that are added up afterwards, never atomics:
-the results are the same in every run. Only first derivatives are defined.
+the results are the same in every run. Block sizes of the forward kernels are chosen by measurement, and may change from
+process to process how sums are rounded, unless `torch.use_deterministic_algorithms` is on. Only first derivatives are
+defined.
 
 The kernels need Triton, on a CUDA device or in Triton's interpreter (the environment variable `TRITON_INTERPRET=1`, set
 before Triton is first imported); without it the module can still be imported, and `available` says no.
@@ -10,6 +12,7 @@ before Triton is first imported); without it the module can still be imported, a
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .composite import Convolution, per_sample_backward
+from .triton_tuning import Candidate, power_of_2, tuned
 
 try:
     import triton
@@ -28,7 +32,10 @@ PROGRAMS = 1024
 """Programs that keep a large GPU busy; with fewer blocks than this, the samples are shared out among programs too."""
 
 ELEMENTS = 2048
-"""Elements of one program's block. They live in registers, so a block cannot be much larger."""
+"""Elements of one program's block in `modulate_backward`. They live in registers: it cannot be much larger."""
+
+ABOUT = ["about_samples", "about_pixels"]
+"""Arguments that are for the tuner alone: numbers rounded up to powers of two, so that it is not asked for each."""
 
 
 def available(device: torch.device) -> bool:
@@ -37,21 +44,16 @@ def available(device: torch.device) -> bool:
 
 
 def _interpreted() -> bool:
-    return not isinstance(_scale_kernel, triton.JITFunction)
+    return not isinstance(_tap, triton.JITFunction)
 
 
-def _jit(function: Any) -> Any:
+def _jit(function: Any, **options: Any) -> Any:
     """`triton.jit`, or without Triton nothing: the kernels are then plain functions that nobody calls."""
-    return function if triton is None else triton.jit(function)
+    return function if triton is None else triton.jit(function, **options)
 
 
 def _blocks(size: int, block: int) -> int:
     return -(-size // block)
-
-
-def _power_of_2(size: int) -> int:
-    """The smallest power of two that is not below `size`: Triton has no other block sizes."""
-    return 1 << (size - 1).bit_length()
 
 
 # Spectrum ------------------------------------------------------------------------------------------------------------
@@ -72,7 +74,22 @@ def scale_spectrum(spectra: Tensor, frequency_group: Tensor, kernel: Tensor, sca
     return torch.ops.fdconv.scale_spectrum(spectra, frequency_group, kernel, scale)
 
 
-@_jit
+def _fit_scale(candidate: Candidate, arguments: dict[str, Any]) -> Candidate:
+    block = min(candidate["elements"] // arguments["R_BLOCK"], power_of_2(arguments["size"]))
+    return {"BLOCK": max(1, block), "num_warps": candidate["num_warps"]}
+
+
+@tuned(
+    [
+        {"elements": 1024, "num_warps": 4},
+        {"elements": 512, "num_warps": 4},
+        {"elements": 2048, "num_warps": 8},
+        {"elements": 512, "num_warps": 2},
+    ],
+    _fit_scale,
+    ["size", "group_count", "R", *ABOUT[:1]],
+)
+@partial(_jit, do_not_specialize=ABOUT[:1])
 def _scale_kernel(  # type: ignore[no-untyped-def]
     spectra,
     group,
@@ -80,9 +97,9 @@ def _scale_kernel(  # type: ignore[no-untyped-def]
     out,
     size,
     samples,
-    samples_each,
     group_count,
     scale,
+    about_samples,
     R: tl.constexpr,
     R_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -95,6 +112,7 @@ def _scale_kernel(  # type: ignore[no-untyped-def]
     number = tl.load(group + element // 2, mask=inside, other=0).to(tl.int32)
     value = tl.load(spectra + share.to(tl.int64) * size + element[None, :], mask=mask, other=0.0) * scale
     index = share * group_count + number[None, :]
+    samples_each = (samples + tl.num_programs(1) - 1) // tl.num_programs(1)
     first = tl.program_id(1) * samples_each
     kernel += first.to(tl.int64) * (R * group_count)
     out += first.to(tl.int64) * size
@@ -168,24 +186,24 @@ def _scale_spectrum(spectra: Tensor, frequency_group: Tensor, kernel: Tensor, sc
     out = torch.empty((samples, d1, d2_half, 2), device=spectra.device)
     if samples == 0:
         return out
-    ratio_block = _power_of_2(ratio)
-    block = max(1, min(ELEMENTS // 2 // ratio_block, _power_of_2(size)))
-    blocks = _blocks(size, block)
-    each = _samples_each(samples, blocks)
+
+    def grid(sizes: dict[str, Any]) -> tuple[int, int]:
+        blocks = _blocks(size, sizes["BLOCK"])
+        return blocks, _blocks(samples, _samples_each(samples, blocks))
+
     with torch.cuda.device_of(spectra):
-        _scale_kernel[(blocks, _blocks(samples, each))](
+        _scale_kernel[grid](
             spectra,
             frequency_group,
             kernel,
             out,
             size,
             samples,
-            each,
             kernel.shape[1] // ratio,
             scale,
+            power_of_2(samples),
             R=ratio,
-            R_BLOCK=ratio_block,
-            BLOCK=block,
+            R_BLOCK=power_of_2(ratio),
         )
     return out
 
@@ -203,7 +221,7 @@ def _scale_spectrum_backward(
     samples = len(kernel)
     if samples == 0:
         return torch.zeros_like(spectra), torch.zeros_like(kernel)
-    rows, columns = min(16, _power_of_2(d1)), min(64, _power_of_2(2 * d2_half))
+    rows, columns = min(16, power_of_2(d1)), min(64, power_of_2(2 * d2_half))
     tiles = _blocks(d1, rows) * _blocks(2 * d2_half, columns)
     each = _samples_each(samples, tiles * ratio)
     chunks = _blocks(samples, each)
@@ -315,7 +333,40 @@ def _gate(context, filters, channel, inside, row, inside_row, channels_in, slope
         return 2.0 / (1.0 + tl.exp(-slope * logits))
 
 
-@_jit
+def _modulate_blocks(
+    channels_out: int, channels_group: int, positions: int, grouped: bool, elements: int
+) -> tuple[int, int, int]:
+    """Output channels, input channels and positions of one program's block.
+
+    The partial sums for the short filters grow with the number of blocks along the input channels, those for the
+    context with it along filters and positions; about 32 of the former balance the two. With groups, more is loaded
+    for every element, and a full block would not fit into the registers.
+    """
+    if grouped:
+        elements //= 2
+    p = power_of_2(positions)
+    i = min(power_of_2(channels_group), max(1, min(32, elements // p)))
+    return min(power_of_2(channels_out), max(1, elements // (p * i))), i, p
+
+
+def _fit_modulate(candidate: Candidate, arguments: dict[str, Any]) -> Candidate:
+    channels = arguments["channels_out"], arguments["channels_group"]
+    positions = arguments["K_H"] * arguments["K_W"]
+    blocks = _modulate_blocks(*channels, positions, arguments["GROUPED"], candidate["elements"])
+    return {**dict(zip(("CO", "CI", "P"), blocks, strict=True)), "num_warps": candidate["num_warps"]}
+
+
+@tuned(
+    [
+        {"elements": 2048, "num_warps": 4},
+        {"elements": 1024, "num_warps": 4},
+        {"elements": 2048, "num_warps": 8},
+        {"elements": 4096, "num_warps": 8},
+    ],
+    _fit_modulate,
+    ["channels_out", "channels_in", "channels_group", "K_H", "K_W", "TAPS", *ABOUT[:1]],
+)
+@partial(_jit, do_not_specialize=ABOUT[:1])
 def _modulate_kernel(  # type: ignore[no-untyped-def]
     image,
     context,
@@ -329,6 +380,7 @@ def _modulate_kernel(  # type: ignore[no-untyped-def]
     channels_group,
     filters_group,
     slope,
+    about_samples,
     K_H: tl.constexpr,
     K_W: tl.constexpr,
     TAPS: tl.constexpr,
@@ -465,17 +517,6 @@ def _modulate_backward_kernel(  # type: ignore[no-untyped-def]
             tl.store(grad_context + tap_rest + tap * channels_group, part, mask=inside_c)
 
 
-def _modulate_blocks(channels_out: int, channels_group: int, positions: int, elements: int) -> tuple[int, int, int]:
-    """Output channels, input channels and positions of one program's block.
-
-    The partial sums for the short filters grow with the number of blocks along the input channels, those for the
-    context with it along filters and positions; about 32 of the former balance the two.
-    """
-    p = _power_of_2(positions)
-    i = min(_power_of_2(channels_group), max(1, min(32, elements // p)))
-    return min(_power_of_2(channels_out), max(1, elements // (p * i))), i, p
-
-
 def _slope(activation: str) -> float:
     return {"sigmoid": 1.0, "tanh": 2.0}[activation]
 
@@ -501,10 +542,12 @@ def _modulate(
     samples, channels_out, channels_group = out.shape[:3]
     if samples == 0:
         return out
-    co, ci, p = _modulate_blocks(channels_out, channels_group, k_h * k_w, ELEMENTS)
-    programs = samples * _blocks(channels_out, co) * _blocks(channels_group, ci)
+
+    def grid(sizes: dict[str, Any]) -> tuple[int]:
+        return (samples * _blocks(channels_out, sizes["CO"]) * _blocks(channels_group, sizes["CI"]),)
+
     with torch.cuda.device_of(image):
-        _modulate_kernel[(programs,)](
+        _modulate_kernel[grid](
             *_contiguous(image, context, filters, channel, filter_, spatial),
             out,
             channels_out,
@@ -512,13 +555,11 @@ def _modulate(
             channels_group,
             channels_out // groups,
             _slope(activation),
+            power_of_2(samples),
             K_H=k_h,
             K_W=k_w,
             TAPS=1 if filters is None else filters.shape[1],
             GROUPED=groups > 1,
-            CO=co,
-            CI=ci,
-            P=p,
         )
     return out
 
@@ -559,9 +600,7 @@ def _modulate_backward(
     if samples == 0:
         return [torch.zeros_like(tensor) for tensor in (image, *inputs) if tensor is not None]
     positions, taps = k_h * k_w, 1 if filters is None else filters.shape[1]
-    # With groups, more is loaded for every element, and a full block would not fit into the registers.
-    elements = ELEMENTS if groups == 1 else ELEMENTS // 2
-    co, ci, p = _modulate_blocks(channels_out, channels_group, positions, elements)
+    co, ci, p = _modulate_blocks(channels_out, channels_group, positions, groups > 1, ELEMENTS)
     down, across = _blocks(channels_out, co), _blocks(channels_group, ci)
     parts = channels_out if groups > 1 else down
     shapes = (
@@ -684,7 +723,36 @@ def conv2d_per_sample(
     return torch.ops.fdconv.conv2d_per_sample(x, weight, stride, padding, dilation, groups)
 
 
-@_jit
+def _fit_conv(candidate: Candidate, arguments: dict[str, Any]) -> Candidate:
+    """Blocks no larger than the product, but never below 16, where there is no matrix unit to feed.
+
+    A product of float32 has no such unit, and is unrolled along K: blocks as deep and as wide as for 16 bits would not
+    fit into the registers. Nor are more warps started than have 32 sums or 16 inputs for each thread.
+    """
+    widest, deepest = (64, 16) if arguments["x"].element_size() == 4 else (128, 64)
+    sizes = {
+        "M": arguments["filters_group"],
+        "N": min(arguments["out_height"] * arguments["out_width"], widest),
+        "K": min(arguments["channels_group"] * arguments["K_H"] * arguments["K_W"], deepest),
+    }
+    m, n, k = (min(candidate[name], max(16, power_of_2(size))) for name, size in sizes.items())
+    warps = max(4, m * n // 1024, n * k // 512)
+    return candidate | {"M": m, "N": n, "K": k, "num_warps": min(candidate["num_warps"], warps)}
+
+
+@tuned(
+    # The inputs' indices cost more than the product, so the more filters share them the better, if there are so many.
+    [
+        {"M": 128, "N": 64, "K": 32, "num_warps": 8, "num_stages": 3},
+        {"M": 64, "N": 64, "K": 32, "num_warps": 4, "num_stages": 3},
+        {"M": 64, "N": 64, "K": 64, "num_warps": 8, "num_stages": 3},
+        {"M": 128, "N": 128, "K": 32, "num_warps": 8, "num_stages": 2},
+        {"M": 64, "N": 32, "K": 32, "num_warps": 4, "num_stages": 4},
+    ],
+    _fit_conv,
+    ["channels_group", "filters_group", "K_H", "K_W", *ABOUT],
+)
+@partial(_jit, do_not_specialize=ABOUT)
 def _conv_kernel(  # type: ignore[no-untyped-def]
     x,
     weight,
@@ -695,6 +763,8 @@ def _conv_kernel(  # type: ignore[no-untyped-def]
     filters_group,
     out_height,
     out_width,
+    about_samples,
+    about_pixels,
     K_H: tl.constexpr,
     K_W: tl.constexpr,
     S_H: tl.constexpr,
@@ -707,6 +777,7 @@ def _conv_kernel(  # type: ignore[no-untyped-def]
     N: tl.constexpr,
     K: tl.constexpr,
 ):
+    BEYOND: tl.constexpr = 1 << 29
     # One matrix product for every sample and group: filters times (channel, position), by that times output pixels.
     pixels = out_height * out_width
     depth = channels_group * (K_H * K_W)
@@ -719,18 +790,26 @@ def _conv_kernel(  # type: ignore[no-untyped-def]
     x += part * channels_group * height * width
     weight += part * filters_group * depth
     out += part * filters_group * pixels
+    # Indices cost more than the product, so what depends on rows or columns alone is computed for these alone.
+    # Unsigned, division is cheaper, and one comparison covers both borders. What is no channel is put `BEYOND` them.
+    # A column that is no pixel may read some inside them, and is not stored.
     top = n // out_width * S_H - P_H
     left = n % out_width * S_W - P_W
+    x += top * width + left
+    weight += m * depth
     total = tl.full([M, N], 0.0, tl.float32)
     for start in range(0, depth, K):
         k = start + tl.arange(0, K)
-        a = tl.load(weight + m * depth + k[None, :], mask=(m < filters_group) & (k < depth)[None, :], other=0.0)
-        k = k[:, None]
-        p = k % (K_H * K_W)
-        h = top + p // K_W * D_H
-        w = left + p % K_W * D_W
-        inside = (k < depth) & (n < pixels) & (h >= 0) & (h < height) & (w >= 0) & (w < width)
-        b = tl.load(x + (k // (K_H * K_W) * height + h) * width + w, mask=inside, other=0.0)
+        a = tl.load(weight + k[None, :], mask=(m < filters_group) & (k < depth)[None, :], other=0.0)
+        k = k[:, None].to(tl.uint32)
+        row = k // K_W
+        channel = (row // K_H).to(tl.int32)
+        h = (row % K_H).to(tl.int32) * D_H
+        w = (k % K_W).to(tl.int32) * D_W
+        at = (channel * height + h) * width + w
+        h = tl.where(k < depth, h, BEYOND)
+        inside = ((top + h).to(tl.uint32) < height) & ((left + w).to(tl.uint32) < width)
+        b = tl.load(x + at, mask=inside, other=0.0)
         total = tl.dot(a, b, total, input_precision="ieee")
     tl.store(out + m * pixels + n, total.to(out.dtype.element_ty), mask=(m < filters_group) & (n < pixels))
 
@@ -743,11 +822,12 @@ def _conv(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dila
     if _interpreted():  # its matrix product takes bfloat16 for integers
         x, weight = x.float(), weight.float()
     filters_group, pixels = channels_out // groups, out_height * out_width
-    # Below 16 there is no matrix unit to feed.
-    m, n = (min(64, max(16, _power_of_2(size))) for size in (filters_group, pixels))
-    k = 32 if weight[0, 0].numel() > 16 else 16
+
+    def grid(sizes: dict[str, Any]) -> tuple[int]:
+        return (samples * groups * _blocks(filters_group, sizes["M"]) * _blocks(pixels, sizes["N"]),)
+
     with torch.cuda.device_of(x):
-        _conv_kernel[(samples * groups * _blocks(filters_group, m) * _blocks(pixels, n),)](
+        _conv_kernel[grid](
             x.contiguous(),
             weight.contiguous(),
             out,
@@ -756,6 +836,8 @@ def _conv(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dila
             filters_group,
             out_height,
             out_width,
+            power_of_2(samples),
+            power_of_2(pixels),
             K_H=weight.shape[3],
             K_W=weight.shape[4],
             S_H=stride[0],
@@ -764,9 +846,6 @@ def _conv(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dila
             P_W=padding[1],
             D_H=dilation[0],
             D_W=dilation[1],
-            M=m,
-            N=n,
-            K=k,
         )
     return out
 

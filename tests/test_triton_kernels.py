@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 
 import test_fdconv_golden as golden  # noqa: E402
 
-from fdconv import FDConfig, FDConv2d, set_backend, triton_kernels  # noqa: E402
+from fdconv import FDConfig, FDConv2d, set_backend, triton_kernels, triton_tuning  # noqa: E402
 from fdconv.official import load_layer  # noqa: E402
 from fdconv.spectrum import frequency_groups, group_dtype, image_to_weight  # noqa: E402
 
@@ -414,6 +414,185 @@ def test_conv_without_samples() -> None:
     assert y.shape == (0, 4, 5, 6)
     for x_, grad in zip((x, weight), torch.autograd.grad(y.sum(), (x, weight)), strict=True):
         assert grad.shape == x_.shape
+
+
+# Tuning --------------------------------------------------------------------------------------------------------------
+
+
+def launch_scale(batch: int, channels: int) -> None:
+    check_scale(131, channels, 1, 4, batch)
+
+
+def launch_modulate(batch: int, channels: int) -> None:
+    check_modulate(modulate_inputs(batch, channels, 70, (3, 1), 1, 3), (3, 1), 1)
+
+
+def launch_conv(batch: int, channels: int) -> None:
+    check_conv(draw(batch, channels, 13, 11), draw(batch, 67, channels, 3, 3), padding=(1, 1))
+
+
+TUNED = {
+    triton_kernels._scale_kernel: launch_scale,
+    triton_kernels._modulate_kernel: launch_modulate,
+    triton_kernels._conv_kernel: launch_conv,
+}
+tuned_kernels = pytest.mark.parametrize("tuned", TUNED, ids=lambda tuned: tuned.kernel.__name__)
+
+
+class Measured:
+    """Tuners that measure, in the interpreter too: no time, but that the later a candidate comes the faster it is."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked = 0
+        self.capturing = False
+        self.launched: list[dict[str, int]] = []
+        monkeypatch.setattr(triton_tuning, "milliseconds", self.milliseconds)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        for tuned in TUNED:
+            monkeypatch.setattr(tuned, "interpreted", False)
+            monkeypatch.setattr(tuned.tuner, "cache", {})
+            monkeypatch.setattr(tuned.tuner, "cache_results", False, raising=False)
+            monkeypatch.setattr(tuned.kernel, "run", self.run(tuned.kernel.run))
+
+    def milliseconds(self, call: Any) -> float:
+        call()
+        self.asked += 1
+        return -self.asked
+
+    def run(self, run: Any) -> Any:
+        def spy(*args: Any, **rest: Any) -> Any:
+            names = ("BLOCK", "CO", "CI", "P", "M", "N", "K", "num_warps")
+            self.launched.append({name: rest[name] for name in names if name in rest})
+            return run(*args, **rest)
+
+        return spy
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
+    return Measured(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("tuned", "number"),
+    [
+        pytest.param(tuned, number, id=f"{tuned.kernel.__name__}-{number}")
+        for tuned in TUNED
+        for number in range(len(tuned.candidates))
+    ],
+)
+def test_every_candidate_gives_the_same_numbers(tuned: Any, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    monkeypatch.setattr(tuned, "candidates", tuned.candidates[number:])
+    if tuned is triton_kernels._conv_kernel:  # as it is, however large
+        monkeypatch.setattr(tuned, "fit", lambda candidate, arguments: candidate)
+    TUNED[tuned](2, 7)
+
+
+@tuned_kernels
+def test_measures_once_for_about_the_same_sizes(tuned: Any, measured: Measured) -> None:
+    TUNED[tuned](5, 7)
+    asked = measured.asked
+    assert 1 < asked <= len(tuned.candidates)
+    TUNED[tuned](7, 7)
+    assert measured.asked == asked, "5 and 7 samples are both about 8"
+    TUNED[tuned](3, 7)
+    assert measured.asked == 2 * asked
+    TUNED[tuned](3, 10)
+    assert measured.asked > 2 * asked
+
+
+def test_measures_once_for_about_as_many_pixels(measured: Measured) -> None:
+    def launch(height: int) -> None:
+        check_conv(draw(2, 3, height, 11), draw(2, 17, 3, 3, 3), padding=(1, 1))
+
+    launch(7)
+    asked = measured.asked
+    launch(9)
+    assert measured.asked == asked, "77 and 99 are both about 128"
+    launch(13)
+    assert measured.asked > asked
+
+
+@tuned_kernels
+def test_the_fastest_serves(tuned: Any, measured: Measured) -> None:
+    TUNED[tuned](2, 7)
+    first, *_, last = measured.launched[: measured.asked]
+    assert len(measured.launched) == measured.asked + 1
+    TUNED[tuned](2, 7)
+    assert measured.launched[measured.asked :] == [last, last]
+    assert last != first
+
+
+@tuned_kernels
+def test_the_first_candidate_serves_where_results_must_not_change(
+    tuned: Any, measured: Measured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deterministic = False
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    TUNED[tuned](2, 7)
+    asked, first = measured.asked, measured.launched[0]
+    deterministic = True
+    TUNED[tuned](2, 7)
+    assert measured.launched[-1] == first, "though another was the fastest"
+    TUNED[tuned](2, 10)
+    assert measured.asked == asked
+
+
+@tuned_kernels
+def test_nothing_is_measured_while_a_graph_is_captured(tuned: Any, measured: Measured) -> None:
+    measured.capturing = True
+    TUNED[tuned](2, 7)
+    (first,) = measured.launched
+    assert measured.asked == 0
+    assert not tuned.tuner.nargs, "would keep the tensors"
+    measured.capturing = False
+    TUNED[tuned](2, 7)
+    assert measured.asked > 1, "the choice was only put off"
+    assert measured.launched[1] == first
+    asked, last = measured.asked, measured.launched[-1]
+    measured.capturing = True
+    TUNED[tuned](2, 7)
+    assert measured.asked == asked
+    assert measured.launched[-1] == last, "a choice made before serves"
+
+
+@tuned_kernels
+def test_nothing_is_measured_in_the_interpreter(
+    tuned: Any, measured: Measured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuned, "interpreted", True)
+    TUNED[tuned](2, 7)
+    assert measured.asked == 0
+
+
+def test_interpreted_is_known() -> None:
+    assert all(tuned.interpreted != CUDA for tuned in TUNED)
+
+
+def test_a_measurement_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One launch to compile, ten to measure, of which the shortest counts."""
+    clock = 0.0
+    durations = iter([100.0, 5.0, 3.0, 2.0, *[4.0] * 7])
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = clock
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    def call() -> None:
+        nonlocal clock
+        clock += next(durations)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert triton_tuning.milliseconds(call) == 2.0
+    assert next(durations, None) is None
 
 
 # All of them ---------------------------------------------------------------------------------------------------------
