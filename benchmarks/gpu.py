@@ -18,6 +18,7 @@ CHECKS = [
     "tests/test_backends.py",
     "tests/test_bands.py",
     "tests/test_fdconv_golden.py",
+    "tests/test_inference.py",
 ]
 BENCHES = [
     ["benchmarks.model", "--dtype", "bfloat16", "--compiled"],

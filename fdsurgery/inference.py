@@ -118,7 +118,8 @@ class Replayed:
 
     def _recorded(self, leaves: list[Any], structure: pytree.TreeSpec) -> _Graph | None:
         assert self.capture is not None
-        own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        with torch.inference_mode(False):  # or they could not be written to outside of it
+            own = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(own, structure)
         try:
             replay, outputs = self.capture(lambda: self.forward(*args, **kwargs))

@@ -162,9 +162,10 @@ class Recorder:
         def replay() -> None:
             self.replayed += 1
             places, again = torch.utils._pytree.tree_leaves(outputs), torch.utils._pytree.tree_leaves(run())
-            for place, value in zip(places, again, strict=True):
-                if isinstance(place, Tensor):
-                    place.copy_(value)
+            with torch.inference_mode():  # a graph asks nobody
+                for place, value in zip(places, again, strict=True):
+                    if isinstance(place, Tensor):
+                        place.copy_(value)
 
         return replay, outputs
 
@@ -190,6 +191,19 @@ def test_calls_of_one_shape_share_a_graph_and_results_their_own_memory() -> None
     assert recorder.recorded == 6
     assert torch.equal(call(first, z=second)["more"], second)
     assert recorder.recorded == 7
+
+
+def test_inference_mode_and_no_grad_share_a_graph() -> None:
+    x = torch.randn(3, requires_grad=True)
+    for first, second in ((torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)):
+        recorder = Recorder()
+        call = Replayed(twice, recorder)
+        with first():
+            assert torch.equal(call(x)["y"], x * 2)
+        with second():
+            assert torch.equal(call(x + 1)["y"], (x + 1) * 2)
+        assert not call(x)["y"].requires_grad
+        assert (recorder.recorded, recorder.replayed) == (1, 3)
 
 
 def test_graphs_are_limited() -> None:
