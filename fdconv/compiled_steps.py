@@ -1,7 +1,7 @@
 """The steps of the loop over samples by compiled kernels, each in one pass over memory: see `fdconv.sample_loop`.
 
 `fdconv.torch_steps` has the same functions. Complex transforms run along the last axis of spectra that lie transposed,
-for the library reads and writes those along another one several times slower.
+for the library takes longer along another one.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Source(NamedTuple):
 def source(spectra: Tensor, group: Tensor, factors: Factors, shape: WeightShape) -> Source:
     """What the weights of all samples are made of."""
     assert factors.kernel is not None
-    tables = (factors.kernel * spectra_scale(factors, shape)).view(len(factors.kernel), len(spectra), -1)
+    tables = _tables(factors.kernel * spectra_scale(factors, shape), len(spectra))
     context = shorts = None
     if factors.context is not None and factors.taps is not None:
         half = factors.taps.shape[1] // 2
@@ -87,11 +87,16 @@ def source(spectra: Tensor, group: Tensor, factors: Factors, shape: WeightShape)
         tables,
         factors,
         shape,
-        context,
+        None if context is None else context.contiguous(),
         shorts,
         rows.contiguous(),
         columns.contiguous(),
     )
+
+
+def _tables(kernel: Tensor, ratio: int) -> Tensor:
+    """`(b, r*n)` as `(b, r, n)`, contiguous."""
+    return kernel.reshape(len(kernel), ratio, -1).contiguous()
 
 
 def _axes(shape: WeightShape) -> tuple[int, int]:
@@ -104,10 +109,10 @@ def images(source: Source) -> Tensor:
     samples, (rows, columns) = len(source.tables), _axes(source.shape)
     across = buffer("spectra", (samples, columns, rows, 2), torch.float32)
     cpu_kernels.scale(source.spectra, source.group, source.tables, across)
-    halfway = torch.fft.ifft(torch.view_as_complex(across), dim=2)
+    halfway = torch.fft.ifft(torch.view_as_complex(across), dim=2).contiguous()
     scaled = across.view(samples, rows, columns, 2)  # what was there is no longer needed
     cpu_kernels.transpose(torch.view_as_real(halfway), scaled)
-    return torch.fft.irfft(torch.view_as_complex(scaled), source.shape.width, dim=2)
+    return torch.fft.irfft(torch.view_as_complex(scaled), source.shape.width, dim=2).contiguous()
 
 
 def weights(source: Source, images: Tensor) -> Tensor:
@@ -145,11 +150,11 @@ def spectrum_backward(source: Source, to_images: Tensor, counted: Tensor, to_spe
     `counted` are the spectra times their `counts`.
     """
     samples, (rows, columns) = len(source.tables), _axes(source.shape)
-    halfway = torch.fft.rfft(to_images, dim=2)
+    halfway = torch.fft.rfft(to_images, dim=2).contiguous()
     across = buffer("spectra", (samples, columns, rows, 2), torch.float32)
     cpu_kernels.transpose(torch.view_as_real(halfway), across)
-    to_scaled = torch.view_as_real(torch.fft.fft(torch.view_as_complex(across), dim=2))
+    to_scaled = torch.view_as_real(torch.fft.fft(torch.view_as_complex(across), dim=2).contiguous())
     assert source.factors.kernel is not None
-    tables = source.factors.kernel.view(source.tables.shape)
+    tables = _tables(source.factors.kernel, ratio=source.tables.shape[1])
     group = source.group if len(source.group) == rows else source.group.view(columns, rows).T.contiguous()
     return cpu_kernels.scale_backward(to_scaled, counted, group, tables, to_spectra).flatten(1)

@@ -83,10 +83,13 @@ def test_layers_of_every_kind(kind: str, config: str, dtype: torch.dtype) -> Non
     x = torch.randn(shape, dtype=dtype)
     fast = copy.deepcopy(layer)
     prepare(fast)  # type: ignore[arg-type]
-    expected, found = layer(x), fast(x)
-    assert found.dtype == dtype
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
-    assert (found - expected).norm() < tolerance * expected.norm()
+    x.requires_grad_()
+    results = [layer(x), fast(x)]
+    slopes = [torch.autograd.grad(y.square().sum(), x)[0] for y in results]
+    for found, expected in (reversed(results), reversed(slopes)):
+        assert found.dtype == dtype
+        assert (found - expected).norm() < tolerance * expected.norm()
 
 
 def test_other_ways_to_call_it() -> None:
