@@ -19,6 +19,7 @@ CHECKS = [
     "tests/test_bands.py",
     "tests/test_fdconv_golden.py",
     "tests/test_inference.py",
+    "tests/test_measured_choice.py",
 ]
 BENCHES = [
     ["benchmarks.model", "--dtype", "bfloat16", "--compiled"],

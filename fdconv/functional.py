@@ -7,20 +7,24 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import compiled_steps, cpu_kernels, sample_loop, torch_steps, triton_kernels
 from .composite import (
     Convolution,
     WeightShape,
     differentiable_gradients,
+    output_size,
     per_sample,
     per_sample_backward,
     sample_weights,
 )
 from .cpu import is_transformed
+from .measured_choice import Fastest
 from .memory import Explained
 from .modulation import Factors
 from .precision import without_autocast
+from .triton_tuning import power_of_2
 
 Backend = Literal["auto", "torch", "cpp", "triton"]
 """`torch` computes with PyTorch's own operations, on CPUs chunk by chunk; `cpp` with kernels for CPUs, which this
@@ -156,7 +160,46 @@ def _triton_per_sample(x: Tensor, weight: Tensor, conv: Convolution | None) -> T
     assert conv is not None
     if weight.shape[0] == 1:  # one for all samples, which is a plain convolution
         return per_sample(x, weight, conv)
-    return triton_kernels.conv2d_per_sample(x, weight, conv.stride, conv.padding, conv.dilation, conv.groups)
+    if x.device.type == "cuda" and x.shape[0]:
+        return _fastest(x, weight, conv)
+    return _as_one_product(x, weight, conv)
+
+
+# Four ways to convolve each sample with a weight of its own, without groups
+
+
+def _as_one_product(x: Tensor, weight: Tensor, conv: Convolution) -> Tensor:
+    return triton_kernels.conv2d_per_sample(x, weight, *conv)
+
+
+def _as_groups(x: Tensor, weight: Tensor, conv: Convolution) -> Tensor:
+    return per_sample(x, weight, conv)
+
+
+def _one_by_one(x: Tensor, weight: Tensor, conv: Convolution) -> Tensor:
+    pairs = zip(x.split(1), weight, strict=True)
+    return torch.cat([F.conv2d(own, its, None, conv.stride, conv.padding, conv.dilation) for own, its in pairs])
+
+
+def _unfolded(x: Tensor, weight: Tensor, conv: Convolution) -> Tensor:
+    kernel_size = tuple(weight.shape[3:])
+    size = output_size(
+        (length + 2 * padding for length, padding in zip(x.shape[2:], conv.padding, strict=True)),
+        kernel_size,
+        conv.stride,
+        conv.dilation,
+    )
+    columns = F.unfold(x, kernel_size, conv.dilation, conv.padding, conv.stride)
+    return (weight.flatten(2) @ columns).unflatten(2, size)
+
+
+def _kind(x: Tensor, weight: Tensor, conv: Convolution) -> tuple[Any, ...]:
+    """Calls of the same kind take the same way: batch and pixels count as powers of two."""
+    about = power_of_2(x.shape[0]), power_of_2(x.shape[2] * x.shape[3])
+    return (x.device, x.dtype, weight.shape[1:], conv, about)
+
+
+_fastest = Fastest([_as_one_product, _as_groups, _one_by_one, _unfolded], _kind)
 
 
 class _Recomputed(torch.autograd.Function):
