@@ -51,13 +51,16 @@ def compile_for_inference(model: nn.Module) -> nn.Module:
         A model of the same class, in evaluation mode. It refuses `train()` and `state_dict()`.
 
     Raises:
-        UnsupportedModelError: the model has no dynamic layers, or is wrapped, compiled, quantised or scripted.
+        UnsupportedModelError: the model has no dynamic layers, is prepared already, or is wrapped, compiled, quantised
+            or scripted.
     """
     refuse_unsupported(model)
     if not any(isinstance(layer, (FDConv2d, FDLinear)) for layer in model.modules()):
         raise UnsupportedModelError(
             f"this {type(model).__name__} has no dynamic layers to prepare: convert it first, fdsurgery.convert(model)"
         )
+    if isinstance(model.forward, Replayed):
+        raise UnsupportedModelError("this model was prepared for inference already")
     shared = [*model.parameters(), *model.buffers()]
     fast = copy.deepcopy(model, {id(tensor): tensor for tensor in shared}).eval()
     for layer in list(fast.modules()):

@@ -147,6 +147,9 @@ def test_synchronised_norms_are_prepared() -> None:
 def test_what_has_nothing_to_prepare_is_told() -> None:
     with pytest.raises(UnsupportedModelError, match=r"has no dynamic layers to prepare: convert it first"):
         fdsurgery.compile_for_inference(small_vit())
+    fast = fdsurgery.compile_for_inference(fdsurgery.convert(small_vit()))
+    with pytest.raises(UnsupportedModelError, match="prepared for inference already"):
+        fdsurgery.compile_for_inference(fast)
     with pytest.raises(UnsupportedModelError, match="the model is compiled"):
         fdsurgery.compile_for_inference(torch.compile(fdsurgery.convert(CASES["timm resnet18"].settled()[0])))  # type: ignore[arg-type]
 
