@@ -17,7 +17,7 @@ from . import cpu_kernels
 from .composite import WeightShape
 from .cpu import buffer
 from .modulation import Factors
-from .torch_steps import spectra_scale, split_rows, steepness
+from .torch_steps import row_factors, spectra_scale, split_rows, steepness
 
 
 def serves(spectra: Tensor, factors: Factors) -> bool:
@@ -70,13 +70,9 @@ def source(spectra: Tensor, group: Tensor, factors: Factors, shape: WeightShape)
     if factors.context is not None and factors.taps is not None:
         half = factors.taps.shape[1] // 2
         context, shorts = F.pad(factors.context, (half, half)), (factors.taps.T * steepness(shape)).contiguous()
-    size = (len(tables), shape.out_channels, math.prod(shape.kernel_size))
-    if factors.filter is None:
-        rows = tables.new_ones(size) if factors.spatial is None else factors.spatial[:, None].expand(size)
-    else:
-        rows = factors.filter[..., None]
-        rows = rows.expand(size) if factors.spatial is None else rows * factors.spatial[:, None]
-    columns = factors.channel
+    rows, columns = row_factors(factors, shape), factors.channel
+    if rows is None:
+        rows = tables.new_ones(len(tables), shape.out_channels, math.prod(shape.kernel_size))
     if columns is None:
         columns = tables.new_ones(len(tables), shape.groups * shape.in_channels)
     if spectra.transpose(1, 2).is_contiguous() and group.T.is_contiguous():  # nothing need be transposed

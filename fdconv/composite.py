@@ -145,6 +145,12 @@ def output_size(
     return tuple((size - (kernel - 1) * apart - 1) // step + 1 for size, kernel, step, apart in geometry)
 
 
+def convolved_size(size: Iterable[int], kernel_size: Iterable[int], conv: Convolution) -> tuple[int, ...]:
+    """Positions of a convolution along each axis of an input that it pads itself."""
+    padded = (length + 2 * padding for length, padding in zip(size, conv.padding, strict=True))
+    return output_size(padded, kernel_size, conv.stride, conv.dilation)
+
+
 def per_sample(x: Tensor, weight: Tensor, conv: Convolution | None) -> Tensor:
     """Convolve with a weight for every sample, or without a `Convolution` multiply: see the two functions below."""
     if conv is None:

@@ -13,8 +13,8 @@ from . import compiled_steps, cpu_kernels, sample_loop, torch_steps, triton_kern
 from .composite import (
     Convolution,
     WeightShape,
+    convolved_size,
     differentiable_gradients,
-    output_size,
     per_sample,
     per_sample_backward,
     sample_weights,
@@ -183,14 +183,8 @@ def _one_by_one(x: Tensor, weight: Tensor, conv: Convolution) -> Tensor:
 
 def _unfolded(x: Tensor, weight: Tensor, conv: Convolution) -> Tensor:
     kernel_size = tuple(weight.shape[3:])
-    size = output_size(
-        (length + 2 * padding for length, padding in zip(x.shape[2:], conv.padding, strict=True)),
-        kernel_size,
-        conv.stride,
-        conv.dilation,
-    )
     columns = F.unfold(x, kernel_size, conv.dilation, conv.padding, conv.stride)
-    return (weight.flatten(2) @ columns).unflatten(2, size)
+    return (weight.flatten(2) @ columns).unflatten(2, convolved_size(x.shape[2:], kernel_size, conv))
 
 
 def _kind(x: Tensor, weight: Tensor, conv: Convolution) -> tuple[Any, ...]:

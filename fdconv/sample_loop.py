@@ -18,8 +18,8 @@ from torch import Tensor
 from .composite import (
     Convolution,
     WeightShape,
+    convolved_size,
     differentiable_gradients,
-    output_size,
     per_sample,
     per_sample_backward,
 )
@@ -87,7 +87,7 @@ def apply(
     if torch.is_grad_enabled():
         result = _SampleLoop.apply(x, spectra, group, *factors, shape, conv, steps)  # type: ignore[no-untyped-call]
     else:
-        result = _forward(x, spectra, group, factors, shape, conv, steps)
+        result = _forward(x, steps.source(spectra, group, factors, shape), conv, steps)
     return result if filter_ is None else result * _along_channels(filter_, result, conv)
 
 
@@ -101,9 +101,7 @@ def _outputs(x: Tensor, shape: WeightShape, conv: Convolution | None) -> int:
     """Numbers that a sample of the result has."""
     if conv is None:
         return x[0].numel() // shape.in_channels * shape.out_channels
-    padded = (length + 2 * padding for length, padding in zip(x.shape[2:], conv.padding, strict=True))
-    size = output_size(padded, shape.kernel_size, conv.stride, conv.dilation)
-    return shape.out_channels * math.prod(size)
+    return shape.out_channels * math.prod(convolved_size(x.shape[2:], shape.kernel_size, conv))
 
 
 class _SampleLoop(torch.autograd.Function):
@@ -112,7 +110,7 @@ class _SampleLoop(torch.autograd.Function):
         *given, shape, conv, steps = rest
         ctx.save_for_backward(x, spectra, group, *given)
         ctx.settings = shape, conv, steps
-        return _forward(x, spectra, group, Factors(*given), shape, conv, steps)
+        return _forward(x, steps.source(spectra, group, Factors(*given), shape), conv, steps)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -130,18 +128,9 @@ class _SampleLoop(torch.autograd.Function):
         return (*(gradients.get(position) for position in range(len(inputs))), None, None, None)
 
 
-def _forward(
-    x: Tensor,
-    spectra: Tensor,
-    group: Tensor,
-    factors: Factors,
-    shape: WeightShape,
-    conv: Convolution | None,
-    steps: Steps,
-) -> Tensor:
-    source = steps.source(spectra, group, factors, shape)
+def _forward(x: Tensor, source: Any, conv: Convolution | None, steps: Steps) -> Tensor:
     results = []
-    for part in _chunks(shape, x.shape[0]):
+    for part in _chunks(source.shape, x.shape[0]):
         chunk = source.of(part)
         weights = steps.weights(chunk, steps.images(chunk))
         results.append(per_sample(x[part], weights.to(x.dtype), conv))

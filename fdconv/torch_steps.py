@@ -129,6 +129,16 @@ def steepness(shape: WeightShape) -> int:
     return 1 if shape.activation == "sigmoid" else 2
 
 
+def row_factors(factors: Factors, shape: WeightShape) -> Tensor | None:
+    """Filter times spatial, `(b, C_out, k_h*k_w)`; None stands for ones."""
+    rows = None
+    if factors.filter is not None:
+        rows = factors.filter[:, :, None]
+    if factors.spatial is not None:
+        rows = factors.spatial[:, None] if rows is None else rows * factors.spatial[:, None]
+    return None if rows is None else rows.expand(-1, shape.out_channels, math.prod(shape.kernel_size))
+
+
 class _Vectors(NamedTuple):
     """The global branch but for the frequency groups: a factor for each row of a weight, and one for each column.
 
@@ -142,13 +152,9 @@ class _Vectors(NamedTuple):
 
     @classmethod
     def of(cls, factors: Factors, shape: WeightShape) -> _Vectors:
-        rows = None
-        if factors.filter is not None:
-            rows = factors.filter[:, :, None]
-        if factors.spatial is not None:
-            rows = factors.spatial[:, None] if rows is None else rows * factors.spatial[:, None]
+        rows = row_factors(factors, shape)
         if rows is not None:
-            rows = rows.expand(-1, shape.out_channels, math.prod(shape.kernel_size)).unflatten(1, (shape.groups, -1))
+            rows = rows.unflatten(1, (shape.groups, -1))
         columns = None if factors.channel is None else factors.channel.view(-1, shape.groups, 1, shape.in_channels)
         return cls(rows, columns)
 

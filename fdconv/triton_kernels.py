@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .composite import Convolution, per_sample_backward
+from .composite import Convolution, convolved_size, per_sample_backward
 from .triton_tuning import Candidate, power_of_2, tuned
 
 try:
@@ -853,10 +853,8 @@ def _conv(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dila
 def _conv_fake(
     x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
 ) -> Tensor:
-    sides = [
-        (size + 2 * pad - spread * (taps - 1) - 1) // step + 1
-        for size, pad, spread, taps, step in zip(x.shape[2:], padding, dilation, weight.shape[3:], stride, strict=True)
-    ]
+    conv = Convolution(tuple(stride), tuple(padding), tuple(dilation), groups)
+    sides = convolved_size(x.shape[2:], weight.shape[3:], conv)
     return torch.empty((x.shape[0], weight.shape[1], *sides), dtype=x.dtype, device=x.device)
 
 
