@@ -37,7 +37,8 @@ class Fastest:
             if torch.cuda.is_current_stream_capturing():
                 return self.ways[0](*given)
             with self._lock, torch.no_grad():
-                self.chosen.setdefault(key, min(self.ways, key=lambda way: _measured(way, given)))
+                if key not in self.chosen:  # another thread may have been first
+                    self.chosen[key] = min(self.ways, key=lambda way: _measured(way, given))
         return self.chosen[key](*given)
 
 

@@ -68,6 +68,7 @@ def compile_for_inference(model: nn.Module) -> nn.Module:
             prepare(layer)
     devices = {tensor.device for tensor in shared}
     capture = _capture if len(devices) == 1 and next(iter(devices)).type == "cuda" else None
+    # On the instance: hooks and the class stay.
     fast.forward = Replayed(fast.forward, capture)  # type: ignore[method-assign]
     return fast
 
@@ -124,6 +125,9 @@ class Replayed:
         with torch.inference_mode(False):  # or they could not be written to outside of it
             own = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(own, structure)
+        caches = torch.is_autocast_cache_enabled()
+        # What autocast casts and caches is freed when its region ends, and a graph would go on reading it.
+        torch.set_autocast_cache_enabled(False)
         try:
             replay, outputs = self.capture(lambda: self.forward(*args, **kwargs))
         except RuntimeError as error:
@@ -133,6 +137,8 @@ class Replayed:
             if not hidden:
                 return _Graph([leaf for leaf in own if isinstance(leaf, Tensor)], replay, outputs)
             reason = f"its result holds a {type(hidden[0]).__name__}"
+        finally:
+            torch.set_autocast_cache_enabled(caches)
         warnings.warn(f"this model runs without CUDA graphs: a call cannot be recorded: {reason}", stacklevel=3)
         return None
 

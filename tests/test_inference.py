@@ -212,6 +212,27 @@ def test_inference_mode_and_no_grad_share_a_graph() -> None:
         assert (recorder.recorded, recorder.replayed) == (1, 3)
 
 
+@pytest.mark.parametrize("outside", [True, False])
+def test_a_graph_reads_nothing_that_autocast_caches(outside: bool) -> None:
+    seen = []
+
+    def forward(x: Tensor) -> Tensor:
+        seen.append(torch.is_autocast_cache_enabled())
+        if len(seen) > 1:
+            raise RuntimeError("not again")
+        return x
+
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=outside):
+        call = Replayed(forward, Recorder())
+        with pytest.raises(RuntimeError, match="not again"):
+            call(torch.randn(3))
+        assert torch.is_autocast_cache_enabled() == outside
+        with pytest.warns(UserWarning, match="not again"), pytest.raises(RuntimeError, match="not again"):
+            call(torch.randn(4))
+        assert torch.is_autocast_cache_enabled() == outside
+    assert seen[0] is False
+
+
 def test_graphs_are_limited() -> None:
     recorder = Recorder()
     call = Replayed(twice, recorder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -91,6 +93,28 @@ def test_the_fastest_serves_and_is_measured_once_a_key(measured: list[str]) -> N
     assert measured == ["long", "a", "bb"]
     assert choice(-1.0).name == "a"
     assert len(measured) == 6
+
+
+def test_threads_measure_once(measured: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = fastest("long", "a")
+    milliseconds, everybody = measured_choice.milliseconds, threading.Barrier(3)
+
+    def slowly(call: Any) -> float:
+        time.sleep(0.05)
+        return milliseconds(call)
+
+    monkeypatch.setattr(measured_choice, "milliseconds", slowly)
+
+    def work() -> None:
+        everybody.wait()
+        choice(1.0)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert measured == ["long", "a"]
 
 
 def test_nothing_is_measured_where_it_must_not(measured: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
