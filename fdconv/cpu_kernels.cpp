@@ -2,7 +2,7 @@
 // torch, so that it is compiled in a few seconds; fdconv/cpu_kernels.py compiles, loads and calls it.
 //
 // Everything is float32 and contiguous. Half spectra that a complex transform runs over lie transposed, with the axis
-// that it transforms last: MKL would otherwise read them with a stride, at twice the time.
+// that it transforms last: MKL would otherwise read them with a stride, and take longer.
 //
 // Sums over parts of the work go to one place for each part, and are added up by whoever called. What a part is does not
 // depend on the number of threads, so neither does the result.
@@ -58,8 +58,8 @@ inline float sigmoid(float z) { return 1.0f / (1.0f + exponential(-z)); }
 
 // Gives the highest number of a group, in place of which `groups - 1` is looked up where it is beyond.
 template <typename Group>
-std::uint32_t scale(const float* spectra, const Group* group, const float* tables, float* out, Int ratio, Int rows, Int columns,
-           Int samples, Int groups, int threads) {
+std::uint32_t scale(const float* spectra, const Group* group, const float* tables, float* out, Int ratio, Int rows,
+                    Int columns, Int samples, Int groups, int threads) {
     const Int across = parts(columns, TILE_COLUMNS);
     const std::uint32_t last = static_cast<std::uint32_t>(groups - 1);
     std::uint32_t highest = 0;
@@ -245,7 +245,8 @@ void modulate_backward(const Weight& w, const Gradients& to, const float* above,
     }
 }
 
-// A row of tiles is a part. Neighbours are of one group, so sums go to four places in turn, or each would wait for the last.
+// A row of tiles is a part. Neighbours are of one group, so sums go to four places in turn, or each would wait for the
+// last.
 template <typename Group>
 void scale_backward(const float* above, const float* spectra, const Group* group, const float* tables,
                     float* to_spectra, float* to_tables, Int ratio, Int rows, Int columns, Int samples, Int groups,
@@ -296,14 +297,15 @@ extern "C" {
 
 // Half spectra scaled by their groups' factors and summed over `ratio`: `(samples, columns, rows, 2)`.
 // Gives the highest number of a group, which should be below `groups`.
-// spectra (ratio, rows, columns, 2); group (rows, columns), of bytes or 32-bit integers; tables (samples, ratio, groups).
-std::uint32_t fdconv_scale(const float* spectra, const void* group, int group_bytes, const float* tables, float* out, Int ratio,
-                  Int rows, Int columns, Int samples, Int groups, int threads) {
+// spectra (ratio, rows, columns, 2); group (rows, columns), of bytes or 32-bit integers; tables (samples, ratio,
+// groups).
+std::uint32_t fdconv_scale(const float* spectra, const void* group, int group_bytes, const float* tables, float* out,
+                           Int ratio, Int rows, Int columns, Int samples, Int groups, int threads) {
     if (group_bytes == 1)
-        return scale(spectra, static_cast<const std::uint8_t*>(group), tables, out, ratio, rows, columns, samples, groups,
-              threads);
+        return scale(spectra, static_cast<const std::uint8_t*>(group), tables, out, ratio, rows, columns, samples,
+                     groups, threads);
     return scale(spectra, static_cast<const std::int32_t*>(group), tables, out, ratio, rows, columns, samples, groups,
-              threads);
+                 threads);
 }
 
 // Complex numbers `(samples, rows, columns)` to `(samples, columns, rows)`.

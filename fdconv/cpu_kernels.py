@@ -1,7 +1,7 @@
 """Compile, load and call the kernels of `cpu_kernels.cpp`: the steps of the loop over samples, each in one pass.
 
 They are compiled when they are first needed, by the C++ compiler of the machine, and kept in the user's cache folder.
-Where there is none the steps are taken by torch, several times slower: see `fdconv.sample_loop`.
+Where there is none the steps are taken by torch, and take longer: see `fdconv.sample_loop`.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def prepare(layer: FrequencyDynamic) -> None:
     The maps of the global branch become two: their norm is part of the first, and all heads are one. On CPUs the
     spectrum and its groups lie as the compiled kernels read them.
     """
-    if isinstance(layer.KSM_Global, GlobalModulation):
+    if isinstance(layer.KSM_Global, GlobalModulation):  # what takes its place is called alike, and has no parameters
         layer.KSM_Global = PreparedModulation(layer.KSM_Global)  # type: ignore[assignment]
     if layer.dft_weight.device.type == "cpu" and layer.dft_weight.dtype != torch.float64 and not reason_missing():
         layer.dft_weight = nn.Parameter(_across(layer.dft_weight), requires_grad=False)
