@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 import typer.core
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
@@ -334,15 +333,14 @@ def main() -> None:
 
 def _settings(pairs: list[str] | None) -> dict[str, Any]:
     """`KEY=VALUE` pairs, values read as YAML."""
+    from .recipe.yaml_source import parse_yaml
+
     settings = {}
     for pair in pairs or []:
         key, separator, value = pair.partition("=")
         if not separator or not key:
             raise SurgeryError(f"--set takes KEY=VALUE, e.g. kernel_num=16, not {pair!r}")
-        try:
-            settings[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise SurgeryError(f"--set {key}: {value!r} is no YAML value") from None
+        settings[key] = parse_yaml(value, f"--set {key}").data if value.strip() else None
     return settings
 
 

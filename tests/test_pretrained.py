@@ -506,6 +506,17 @@ def test_the_config_tells_of_dynamic_layers_only_while_there_are_any(tmp_path: P
     assert_same(outputs(transformers.CLIPModel.from_pretrained(tmp_path / "plain"), inputs), outputs(model, inputs))
 
 
+def test_fusions_that_the_user_has_set_outlive_conversion_and_restoring(tmp_path: Path) -> None:
+    model = small_vit()
+    model.config.fusion_config = {"patch_embeddings": False}
+    fdsurgery.convert(model)
+    assert model.config.fusion_config == {"patch_embeddings": False, NOTICE: False}
+    loaded = fdsurgery.from_pretrained(fdsurgery.save_pretrained(model, tmp_path / "saved"))
+    for converted_model in (model, loaded):
+        assert fdsurgery.restore(converted_model).config.fusion_config == {"patch_embeddings": False}
+        assert not hasattr(converted_model.config, "quantization_config")
+
+
 def test_folders_of_save_and_other_models_go_their_way(tmp_path: Path) -> None:
     model, inputs = converted("vit")
     fdsurgery.save(model, tmp_path / "old")

@@ -19,6 +19,7 @@ from fdsurgery.discovery.site import Site
 from fdsurgery.recipe import check_rules_matched, detect_recipe, load_recipe, parse_recipe, shipped_recipes
 from fdsurgery.recipe.conditions import Where
 from fdsurgery.recipe.rules import FineTune
+from fdsurgery.recipe.yaml_source import parse_yaml
 
 SPATIAL = Site("stages.1.conv2", "conv", "spatial", 64, 128, (3, 3), (2, 2), groups=2, layer_class="Conv2dSame")
 LINEAR = Site("blocks.0.mlp.fc1", "linear", "expand", 96, 384, aliases=("again.fc1",), parent_class="Mlp")
@@ -132,7 +133,7 @@ BROKEN = {
         r"4:5: swap\[0\]\.where\.kernel_sze: no such key; .*did you mean 'kernel_size'",
     ),
     "unknown condition of keep": (
-        "keep:\n- {nam: x, because: y}",
+        "keep:\n- {nam: x, because: x}",
         r"2:4: keep\[0\]\.nam: no such key; .*did you mean 'name'",
     ),
     "unknown library": ("match: {tim: x}", r"1:9: match\.tim: no such key; .*did you mean 'timm'"),
@@ -167,10 +168,11 @@ BROKEN = {
     "bad size text": ("swap: [{where: {kernel_size: 3x}}]", "expected a number such as 3 .* not '3x'"),
     "bad range": ("swap: [{where: {channels: {least: 3}}}]", r"expected a number, or \{min: 17\}"),
     "empty range": ("swap: [{where: {channels: {min: 9, max: 3}}}]", "min 9 is above max 3"),
-    "yes is no number": ("swap: [{where: {groups: yes}}]", "expected a number, .*not True"),
+    "yes is no number": ("swap: [{where: {groups: yes}}]", r"1:1\d: swap\[0\]\.where\.groups: yes is a truth value"),
+    "true is no number": ("swap: [{where: {groups: true}}]", "expected a number, .*not True"),
     "swap is a mapping": ("swap: {where: {kind: conv}}", "1:1: swap: .*valid tuple, not a mapping"),
     "entry is text": ("swap: [conv]", r"1:8: swap\[0\]: .*, not 'conv'"),
-    "description is a number": ("description: 3", "1:1: description: .*valid string, not 3"),
+    "description is a number": ("description: 3", "1:1: description: expected text, not 3; put it in quotes"),
     "optional is text": ("swap: [{where: {kind: conv}, optional: 'no'}]", r"1:30: swap\[0\]\.optional: .*not 'no'"),
     "unknown rate": (
         "finetune:\n  spectrm_lr_scale: 2",
@@ -178,7 +180,7 @@ BROKEN = {
     ),
     "rate of nothing": ("finetune: {modulation_lr_scale: 0}", r"1:12: finetune\.modulation_lr_scale: .*than 0, not 0"),
     "rate is text": ("finetune: {modulation_lr_scale: '2'}", r"1:12: .*valid number, not '2'"),
-    "rate is yes": ("finetune: {modulation_lr_scale: yes}", r"1:12: .*valid number, not True"),
+    "rate is true": ("finetune: {modulation_lr_scale: true}", r"1:12: .*valid number, not True"),
     "rate without end": ("finetune: {spectrum_lr_scale: .inf}", r"1:12: .*finite number, not inf"),
     "rates are a number": ("finetune: 3", "1:1: finetune: .*, not 3"),
     "a list": ("- swap", "1:1: a recipe is a mapping of description, .*not a list"),
@@ -252,6 +254,56 @@ def test_files_that_are_no_text(tmp_path: Path) -> None:
         load_recipe("sesnet")
     with pytest.raises(RecipeError):
         load_recipe("nul\0byte")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *(("1e1", 10.0), ("1e-4", 1e-4), ("1E5", 1e5), (".5", 0.5), ("+1e-3", 1e-3), ("5.", 5.0), ("-1.5e+2", -150.0)),
+        *(("0", 0), ("-3", -3), ("+7", 7), ("0.10", 0.1), ("true", True), ("False", False), ("~", None), ("", None)),
+        *(("2024-01-01", "2024-01-01"), ("1.2.3", "1.2.3"), ("1x7", "1x7"), ("e5", "e5"), ("=", "="), ("nan", "nan")),
+        *(("'010'", "010"), ('"yes"', "yes"), ("'1e1'", "1e1"), ("!!str 010", "010"), ("yesterday", "yesterday")),
+    ],
+)
+def test_scalars_are_what_people_mean(text: str, value: object) -> None:
+    found = parse_yaml(f"a: {text}", "recipe.yaml").data["a"]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    {
+        "010": r'octal in YAML 1\.1 and decimal in YAML 1\.2; write 10, or "010" if it is text',
+        "-007": r"write -7, or",
+        "00": r"write 0, or",
+        "1:30": r'base 60 in YAML 1\.1; write "1:30" if it is text',
+        "0x10": r'plain decimal digits, or "0x10"',
+        "0o17": "plain decimal digits",
+        "0b11": "plain decimal digits",
+        "1_000": "plain decimal digits",
+        "1_0.5e3": "plain decimal digits",
+        **dict.fromkeys(("yes", "On", "y", "Y"), 'write true, or ".*" if it is text'),
+        **dict.fromkeys(("no", "OFF", "n"), 'write false, or ".*" if it is text'),
+        "9" * 101: "101 digits",
+        "!!int 3": "the tag !!int is not allowed",
+        "!!float 1e1": "the tag !!float is not allowed",
+    }.items(),
+)
+def test_scalars_that_mean_different_things_are_refused_with_their_place(text: str, says: str) -> None:
+    for document, place in ((f"b: 1\na: {text}", r"2:1: a: "), (f"b: [1,\n {text}]", r"2:2: b\[1\]: ")):
+        with pytest.raises(RecipeError, match=rf"^recipe\.yaml:{place}.*{says}"):
+            parse_yaml(document, "recipe.yaml")
+    with pytest.raises(RecipeError, match=says):  # as a key, too
+        parse_yaml(f"{text}: 1" if not text.startswith("!!") else f"? {text}\n: 1", "recipe.yaml")
+
+
+def test_numbers_of_recipes_as_people_write_them() -> None:
+    recipe = parse_recipe("swap: [{where: {role: ffn}, with: {reduction: 1e-1}}]\nfinetune: {modulation_lr_scale: 1e1}")
+    assert recipe.finetune.modulation_lr_scale == 10 and recipe.swap[0].settings == {"reduction": 0.1}
+    with pytest.raises(RecipeError, match=r"1:1: description: expected text, not 100000\.0; put it in quotes"):
+        parse_recipe("description: 1e5\nextends: ffn")
+    with pytest.raises(RecipeError, match=r"kernel_num: .* whole number from 1, not 10\.0"):
+        parse_recipe("swap: [{where: {role: ffn}, with: {kernel_num: 1e1}}]")
 
 
 PIECES = st.sampled_from(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -185,9 +185,13 @@ def describe(model: nn.Module, origin: Origin | None = None) -> None:
         description = Description.of(part, noted if part is model or origin is None else Origin(noted.recipe))
         if description.layers:
             part.config.quantization_config = description.to_dict()
-            part.config.fusion_config = {**(getattr(part.config, "fusion_config", None) or {}), NOTICE: False}
+            part.config.fusion_config = {**_fusions(part.config), NOTICE: False}
         elif is_description(_as_dict(part.config)):
-            del part.config.quantization_config, part.config.fusion_config
+            fusions = _fusions(part.config)
+            del part.config.quantization_config
+            vars(part.config).pop("fusion_config", None)
+            if fusions:
+                part.config.fusion_config = fusions
 
 
 def is_description(quantization_config: Any) -> bool:
@@ -208,6 +212,12 @@ def _transformers_models(model: nn.Module) -> Iterator[Any]:
         if is_transformers_model(part) and id(part.config) not in seen:
             seen.add(id(part.config))
             yield part
+
+
+def _fusions(config: Any) -> dict[str, Any]:
+    """The user's entries of `fusion_config`, without ours."""
+    given = getattr(config, "fusion_config", None)
+    return {name: value for name, value in given.items() if name != NOTICE} if isinstance(given, Mapping) else {}
 
 
 def _as_dict(config: Any) -> Any:

@@ -215,6 +215,8 @@ def _fault(fault: Any, source: YamlSource) -> tuple[tuple[int, int], RecipeError
         path = path[:-1]
     elif kind == "value_error":
         message = str(fault["ctx"]["error"])
+    elif kind == "string_type" and isinstance(given, (bool, int, float)):
+        message = f"expected text, not {given!r}; put it in quotes if it is meant as text"
     else:
         message = f"{fault['msg'][:1].lower()}{fault['msg'][1:]}, not {_kind(given)}"
     place = next(source.places[path[:end]] for end in range(len(path), -1, -1) if path[:end] in source.places)

@@ -1,11 +1,13 @@
 """YAML text as plain data in which every key and value knows its line.
 
 Only plain scalars, lists and mappings are read: no tags, no merge keys. What is written by mistake or in bad faith
-(duplicate keys, aliases that multiply, anchors that hold themselves) is an error with a line and a column.
+(duplicate keys, aliases that multiply, anchors that hold themselves) is an error with a line and a column. So is a
+scalar that YAML 1.1, YAML 1.2 and the eye of the reader take for different things, such as `010`, `1:30` or `yes`.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +20,26 @@ KeyPath = tuple[str | int, ...]
 
 _MOST_NODES = 10_000
 _MOST_LEVELS = 50
+_MOST_DIGITS = 100
 _TAG = "tag:yaml.org,2002:"
-_SCALARS = {_TAG + name for name in ("str", "int", "float", "bool", "null")}
-# YAML 1.1 reads `2024-01-01` as a date and `=` as a value of its own; to us they are text.
-_TEXTS = {_TAG + name for name in ("timestamp", "value")}
+_PLAIN = "a scalar without quotes"
+_WORDS = {
+    **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+}
+_INFINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_WHOLE = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+_LEADING_ZERO = re.compile(r"[-+]?0[0-9]+")
+_DECIMAL = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+
+_UNDERSCORED = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9_]+)?")
+_SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+_OTHER_BASE = re.compile(r"[-+]?0([xX][0-9a-fA-F_]+|[oO][0-7_]+|[bB][01_]+)")
+_YES_OR_NO = {
+    **dict.fromkeys(("yes", "on", "y"), "true"),
+    **dict.fromkeys(("no", "off", "n"), "false"),
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +89,7 @@ def parse_yaml(text: str, file: str) -> YamlSource:
         RecipeError: the text is no YAML, or holds what a recipe has no use for; begins with `file:line:column:`.
     """
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=_Composer)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{mark.line + 1}:{mark.column + 1}" if mark is not None else "1:1"
@@ -91,11 +109,57 @@ def parse_yaml(text: str, file: str) -> YamlSource:
     return YamlSource(file, reader.value(node, (), []), source.places)
 
 
+class _Composer(yaml.SafeLoader):
+    """Marks scalars without quotes as such, where the parent would guess their type by the rules of YAML 1.1."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> str:
+        if kind is yaml.ScalarNode and implicit[0]:
+            return _PLAIN
+        return super().resolve(kind, value, implicit)
+
+
+def _plain_value(text: str) -> Any:
+    """What is meant by a scalar without quotes. Raises `ValueError`, with what to write, where that is not clear."""
+    if text in _WORDS:
+        return _WORDS[text]
+    quoted = f'"{text}"'
+    if _LEADING_ZERO.fullmatch(text):
+        sign, digits = text[:1].strip("+0123456789"), text.lstrip("+-0") or "0"
+        raise ValueError(
+            f"{_short(text)} is octal in YAML 1.1 and decimal in YAML 1.2; write {_short(sign + digits)}, or "
+            f"{_short(quoted)} if it is text"
+        )
+    if _WHOLE.fullmatch(text):
+        if len(text) > _MOST_DIGITS:
+            raise ValueError(f"{_short(text)} has {len(text)} digits; no number here has more than {_MOST_DIGITS}")
+        return int(text)
+    if _DECIMAL.fullmatch(text):
+        return float(text)
+    if _INFINITE.fullmatch(text):
+        return float(text.replace(".", ""))
+    if _SEXAGESIMAL.fullmatch(text):
+        raise ValueError(f"{_short(text)} is a number of base 60 in YAML 1.1; write {_short(quoted)} if it is text")
+    if _OTHER_BASE.fullmatch(text) or _UNDERSCORED.fullmatch(text):
+        raise ValueError(
+            f"{_short(text)} is a number in one release of YAML and text in another; write it in plain decimal digits, "
+            f"or {_short(quoted)} if it is text"
+        )
+    if text.lower() in _YES_OR_NO:
+        raise ValueError(
+            f"{text} is a truth value in YAML 1.1 and text in YAML 1.2; write {_YES_OR_NO[text.lower()]}, or {quoted} "
+            "if it is text"
+        )
+    return text
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
 class _Reader:
     def __init__(self, source: YamlSource) -> None:
         self.source = source
         self.nodes = 0
-        self.scalars = yaml.constructor.SafeConstructor()
 
     def value(self, node: yaml.Node, path: KeyPath, above: list[yaml.Node]) -> Any:
         self.source.places.setdefault(path, _place(node))
@@ -111,17 +175,15 @@ class _Reader:
             return [self.value(entry, (*path, index), inner) for index, entry in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
             return self.mapping(node, path, inner)
-        if isinstance(node, yaml.ScalarNode):
-            if node.tag in _TEXTS:
-                return node.value
-            if node.tag in _SCALARS:
-                try:
-                    return self.scalars.construct_object(node)
-                except (ValueError, LookupError, yaml.YAMLError):
-                    tag = node.tag.removeprefix(_TAG)
-                    raise self.source.error(path, f"{node.value[:40]!r} is no {tag}") from None
-        if node.tag == _TAG + "merge":
-            raise self.source.error(path, "merge keys (<<) are not read; share rules with `extends`")
+        if isinstance(node, yaml.ScalarNode) and node.tag == _TAG + "str":
+            return node.value
+        if isinstance(node, yaml.ScalarNode) and node.tag == _PLAIN:
+            if node.value == "<<":
+                raise self.source.error(path, "merge keys (<<) are not read; share rules with `extends`")
+            try:
+                return _plain_value(node.value)
+            except ValueError as error:
+                raise self.source.error(path, str(error)) from None
         raise self.source.error(path, f"the tag {node.tag.replace(_TAG, '!!')} is not allowed; recipes are plain data")
 
     def mapping(self, node: yaml.MappingNode, path: KeyPath, above: list[yaml.Node]) -> dict[str, Any]:
