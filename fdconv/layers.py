@@ -38,6 +38,7 @@ class FrequencyDynamic(nn.Module):
 
     State (official names): `dft_weight (r, D1, D2h, 2)`, the spectrum; `frequency_group (D1, D2h)`, the group of each
     coefficient, saved so that a checkpoint means the same everywhere; `bias`; `KSM_Global`, `KSM_Local`, `FBM`.
+    Of our own: `filter_scale (C_out,)`, a constant factor of each filter, where a norm was folded in; else None.
     """
 
     config: FDConfig
@@ -45,6 +46,7 @@ class FrequencyDynamic(nn.Module):
     dft_weight: nn.Parameter
     frequency_group: Tensor
     bias: nn.Parameter | None
+    filter_scale: Tensor | None
     KSM_Global: GlobalModulation | None
     KSM_Local: LocalModulation | None
     FBM: BandModulation | None
@@ -70,6 +72,7 @@ class FrequencyDynamic(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         groups = torch.empty(half_spectrum, dtype=group_dtype(self.config.kernel_num), device=device)
         self.register_buffer("frequency_group", groups)
+        self.register_buffer("filter_scale", None)
 
     @property
     def weight(self) -> Tensor:
@@ -89,7 +92,10 @@ class FrequencyDynamic(nn.Module):
         _, in_channels, k_h, k_w = self._kernel_shape()
         with without_autocast(self.dft_weight.device):
             image = spectra_to_image(self._spectra(), self._neutral_scale(), in_channels * k_w)
-            return image_to_weight(image, (k_h, k_w)).reshape(self._static_shape()).to(self.dft_weight.dtype)
+            weight = image_to_weight(image, (k_h, k_w))
+            if self.filter_scale is not None:
+                weight = weight * self.filter_scale.to(weight.dtype).view(-1, 1, 1, 1)
+            return weight.reshape(self._static_shape()).to(self.dft_weight.dtype)
 
     @torch.no_grad()
     def set_weight(self, weight: Tensor) -> None:
@@ -100,6 +106,75 @@ class FrequencyDynamic(nn.Module):
         exact = weight.detach().to(exact_dtype(weight.device))
         image = weight_to_image(exact.reshape(self._kernel_shape()))
         self.dft_weight.copy_(image_to_spectra(image, self.config.param_ratio) / self._neutral_scale())
+        self.filter_scale = None
+
+    @torch.no_grad()
+    def scale_filters(self, scale: Tensor, shift: Tensor | None = None) -> None:
+        """Multiply what each filter gives by a constant and add another: `y` becomes `scale * y + shift`.
+
+        That is exact whatever the modulation, for it commutes with all that the layer does. The spectrum stays as it
+        is; the scale is kept beside it as `filter_scale`, and multiplies one that is there. The bias becomes a new
+        parameter, or a first one.
+
+        Args:
+            scale: `(C_out,)`.
+            shift: `(C_out,)`; None for zero.
+
+        Raises:
+            ValueError: a shape is another one, or a value would not be finite in the layer's dtype. Then nothing has
+                changed.
+        """
+        exact = exact_dtype(self.dft_weight.device)
+        bias = None if self.bias is None else self._per_filter("scale", scale).to(exact) * self.bias.to(exact)
+        if shift is not None:
+            shift = self._per_filter("shift", shift).to(exact)
+            bias = shift if bias is None else bias + shift
+        bias = None if bias is None else self._finite("bias", bias)
+        self._scale_weight(scale)
+        if bias is not None:
+            learns = (self.dft_weight if self.bias is None else self.bias).requires_grad
+            self.bias = nn.Parameter(bias, learns)
+
+    @torch.no_grad()
+    def _scale_weight(self, scale: Tensor) -> None:
+        """As `scale_filters`, but for the bias, which stays as it is."""
+        exact = exact_dtype(self.dft_weight.device)
+        scale = self._per_filter("scale", scale).to(exact)
+        if self.filter_scale is not None:
+            scale = scale * self.filter_scale.to(exact)
+        self.filter_scale = self._finite("scale", scale)
+
+    def _per_filter(self, name: str, values: Tensor) -> Tensor:
+        out_channels = self._kernel_shape()[0]
+        if values.shape != (out_channels,):
+            raise ValueError(
+                f"{name} must have the shape ({out_channels},), one for each filter, not {tuple(values.shape)}"
+            )
+        return values.detach().to(self.dft_weight.device)
+
+    def _finite(self, name: str, values: Tensor) -> Tensor:
+        """Values in the layer's dtype."""
+        kept = values.to(self.dft_weight.dtype)
+        if not kept.is_meta and not bool(kept.isfinite().all()):
+            raise ValueError(f"a {name} of {values.abs().max():.3g} is not finite in the layer's {kept.dtype}")
+        return kept
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Have a scale if the layer that was saved had one, and the bias that came with it."""
+        if f"{prefix}dft_weight" in state_dict:
+            if f"{prefix}filter_scale" in state_dict:
+                self._expect_scale(bias=f"{prefix}bias" in state_dict)
+            else:
+                self.filter_scale = None
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _expect_scale(self, *, bias: bool) -> None:
+        """Make room for a scale, and for a bias, that will be read."""
+        out_channels = self._kernel_shape()[0]
+        if self.filter_scale is None:
+            self.filter_scale = self.dft_weight.new_ones(out_channels)
+        if bias and self.bias is None:
+            self.bias = nn.Parameter(self.dft_weight.new_zeros(out_channels), self.dft_weight.requires_grad)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -170,9 +245,12 @@ class FrequencyDynamic(nn.Module):
 
     def _factors(self, context: Tensor) -> Factors:
         factors = Factors() if self.KSM_Global is None else self.KSM_Global(context)
-        if self.KSM_Local is None:
+        if self.KSM_Local is not None:
+            factors = factors._replace(context=self.KSM_Local(context), taps=self.KSM_Local.taps.to(context.dtype))
+        if self.filter_scale is None:
             return factors
-        return factors._replace(context=self.KSM_Local(context), taps=self.KSM_Local.taps.to(context.dtype))
+        scale = self.filter_scale.to(context.dtype).expand(factors.batch, -1)
+        return factors._replace(filter=scale if factors.filter is None else factors.filter * scale)
 
     def _apply_weights(self, context: Tensor, x: Tensor, conv: Convolution | None) -> Tensor:
         """Convolve with the weights that the context gives each sample, or multiply without a `Convolution`."""

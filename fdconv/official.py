@@ -114,6 +114,8 @@ def public_obstacle(layer: FDConv2d | FDLinear) -> str | None:
     _, in_channels, k_h, k_w = layer._kernel_shape()
     if type(layer) not in (FDConv2d, FDLinear):
         return "it pads by the size of its input, and the public layer does not"
+    if layer.filter_scale is not None:
+        return "a norm was folded into it, and the public layer has no scale for each filter"
     if layer.groups != 1:
         return f"its convolution has {layer.groups} groups, and the public layer one"
     if k_h != k_w:

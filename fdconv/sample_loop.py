@@ -51,7 +51,8 @@ class Steps(Protocol):
 
 def serves(x: Tensor, spectra: Tensor, factors: Factors) -> bool:
     """True if this path takes the call: real CPU tensors, a weight for every sample, and nobody who traces."""
-    return is_plain(x) and spectra.device.type == "cpu" and bool(factors.per_sample)
+    modulated = bool(factors.per_sample) and factors.batch == x.shape[0]
+    return is_plain(x) and spectra.device.type == "cpu" and modulated
 
 
 def apply(
