@@ -163,13 +163,13 @@ class FrequencyDynamic(nn.Module):
         """Have a scale if the layer that was saved had one, and the bias that came with it."""
         if f"{prefix}dft_weight" in state_dict:
             if f"{prefix}filter_scale" in state_dict:
-                self._expect_scale(bias=f"{prefix}bias" in state_dict)
+                self.expect_scale(bias=f"{prefix}bias" in state_dict)
             else:
                 self.filter_scale = None
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def _expect_scale(self, *, bias: bool) -> None:
-        """Make room for a scale, and for a bias, that will be read."""
+    def expect_scale(self, *, bias: bool) -> None:
+        """Make room for a scale, and perhaps for a first bias, whose values will be read."""
         out_channels = self._kernel_shape()[0]
         if self.filter_scale is None:
             self.filter_scale = self.dft_weight.new_ones(out_channels)

@@ -16,6 +16,7 @@ from .errors import (
 from .finetune import freeze, optimizer_after_surgery, param_groups
 from .huggingface import registration as _registration
 from .inference import compile_for_inference
+from .norms import fuse_norms
 from .planning import Decision, Plan, plan
 from .pretrained import from_pretrained, save_pretrained
 from .recipe import Recipe, load_recipe, shipped_recipes
@@ -50,6 +51,7 @@ __all__ = [
     "convert",
     "freeze",
     "from_pretrained",
+    "fuse_norms",
     "load",
     "load_recipe",
     "optimizer_after_surgery",

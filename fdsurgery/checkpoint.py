@@ -25,6 +25,7 @@ from .errors import CheckpointError, SurgeryError, near_misses
 from .huggingface.description import Origin, describe
 from .operators import get_operator, operator_of
 from .planning import Plan
+from .rewrite.folded import Folded, folded_norms, is_norm
 from .rewrite.tree import swapped
 from .sources import Source, infer, rebuild
 
@@ -68,6 +69,7 @@ def save(model: nn.Module, folder: str | Path, *, source: Source | None = None, 
         "versions": {"fdsurgery": version("fdsurgery"), "torch": torch.__version__},
         "source": source.to_dict(),
         "layers": layers,
+        "folded": folded_norms(model),
         "plan": None if plan is None else plan.to_dict(),
     }
     try:
@@ -115,6 +117,7 @@ def load(folder: str | Path, *, model: nn.Module | None = None, device: torch.de
             )
         if operator_of(layers[fqn]) is None:
             replacements[layers[fqn]] = get_operator(entry["operator"]).replace(layers[fqn], entry["settings"])
+    replacements |= _folded(folder, layers, description.get("folded", []))
     try:
         with swapped(model, replacements):
             model.load_state_dict(_under_every_name(load_file(str(folder / WEIGHTS)), model), strict=True)
@@ -126,6 +129,17 @@ def load(folder: str | Path, *, model: nn.Module | None = None, device: torch.de
     plan = description.get("plan")
     describe(model, Origin(plan.get("recipe")) if isinstance(plan, dict) else None)
     return model.to(device).eval()
+
+
+def _folded(folder: Path, layers: dict[str, nn.Module], names: list[str]) -> dict[nn.Module, nn.Module]:
+    """What stands in the place of each norm that was folded before the save."""
+    for fqn in names:
+        if not (fqn in layers and (isinstance(layers[fqn], Folded) or is_norm(layers[fqn]))):
+            kind = f"a {type(layers[fqn]).__name__}" if fqn in layers else f"nothing{near_misses(fqn, layers)}"
+            raise CheckpointError(
+                f"{folder / DESCRIPTION}: the norm {fqn!r} was folded before this save, and the model has {kind} there"
+            )
+    return {layers[fqn]: Folded(layers[fqn]) for fqn in names if not isinstance(layers[fqn], Folded)}
 
 
 def _put_in_place(fresh: Path, folder: Path, old: Path) -> None:
@@ -153,7 +167,9 @@ def _describe_the_same(fresh: Path, folder: Path) -> bool:
         ours, theirs = (_read_description(one) for one in (fresh, folder))
     except CheckpointError:
         return False
-    return all(ours[key] == theirs[key] for key in ("format", "source", "layers"))
+    return all(ours[key] == theirs[key] for key in ("format", "source", "layers")) and ours.get("folded") == theirs.get(
+        "folded"
+    )
 
 
 def _tensors_once(model: nn.Module) -> dict[str, Tensor]:
@@ -199,6 +215,7 @@ def _check_source(model: nn.Module, source: Source) -> None:
     except Exception:  # some builders cannot run on meta; then there is nothing to compare without paying for a model
         return
     swapped_names = {fqn for fqn, layer in model.named_modules() if operator_of(layer) is not None}
+    swapped_names |= set(folded_norms(model))
     expected = _shapes(twin, swapped_names)
     actual = _shapes(model, swapped_names)
     if expected != actual:
@@ -233,6 +250,8 @@ def _read_description(folder: Path) -> dict[str, Any]:
         Source(**description["source"])
         for entry in description["layers"].values():
             get_operator(entry["operator"]).settings(entry["settings"])
+        if not all(isinstance(fqn, str) for fqn in description.get("folded", [])):
+            raise TypeError("'folded' must be a list of names")
     except (KeyError, TypeError, AttributeError, SurgeryError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     return description

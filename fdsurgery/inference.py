@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 from fdconv import FDConv2d, FDLinear
 from fdconv.prepared import prepare
 
-from .errors import UnsupportedModelError
+from .errors import DiscoveryError, UnsupportedModelError
+from .norms import fuse_norms
 from .rewrite.supported import refuse_unsupported
 
 GRAPHS = 8
@@ -30,7 +31,7 @@ Capture = Callable[[Run], tuple[Callable[[], None], Any]]
 """Records what a call does: what does it again, and the result, which is then written anew."""
 
 
-def compile_for_inference(model: nn.Module) -> nn.Module:
+def compile_for_inference(model: nn.Module, *, example_inputs: Any = None) -> nn.Module:
     """A copy of a converted model that only infers, and does so faster.
 
     ```python
@@ -38,14 +39,16 @@ def compile_for_inference(model: nn.Module) -> nn.Module:
     logits = fast(images)
     ```
 
-    What depends on no input is computed once: the norms and heads of the global branch become two maps, and on CPUs
-    spectra lie as the compiled kernels read them. On an NVIDIA GPU each new combination of input shapes is recorded
+    What depends on no input is computed once: batch norms are folded into the dynamic layers before them, as by
+    `fuse_norms`, the norms and heads of the global branch become two maps, and on CPUs spectra lie as the compiled
+    kernels read them. On an NVIDIA GPU each new combination of input shapes is recorded
     as a CUDA graph, up to eight, and replayed from then on. Outputs agree with the model's in evaluation mode to
     rounding. They carry no gradient.
 
     Args:
         model: converted, on the device that it will run on; it stays as it is. Parameters and buffers are shared with
             the copy but for those that are prepared. Once the model has been trained further, make a new copy.
+        example_inputs: as for `fuse_norms`. Without them, a model of which they cannot be told keeps its norms.
 
     Returns:
         A model of the same class, in evaluation mode. It refuses `train()` and `state_dict()`.
@@ -53,6 +56,7 @@ def compile_for_inference(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedModelError: the model has no dynamic layers, is prepared already, or is wrapped, compiled, quantised
             or scripted.
+        DiscoveryError: the model does not run with `example_inputs`.
     """
     refuse_unsupported(model)
     if not any(isinstance(layer, (FDConv2d, FDLinear)) for layer in model.modules()):
@@ -63,6 +67,12 @@ def compile_for_inference(model: nn.Module) -> nn.Module:
         raise UnsupportedModelError("this model was prepared for inference already")
     shared = [*model.parameters(), *model.buffers()]
     fast = copy.deepcopy(model, {id(tensor): tensor for tensor in shared}).eval()
+    try:
+        fuse_norms(fast, example_inputs=example_inputs)
+    except DiscoveryError:
+        if example_inputs is not None:
+            raise
+        warnings.warn("norms are not folded: pass example_inputs=, which cannot be told from this model", stacklevel=2)
     for layer in list(fast.modules()):
         if isinstance(layer, (FDConv2d, FDLinear)):
             prepare(layer)

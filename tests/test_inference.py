@@ -17,6 +17,7 @@ from fdconv import FDConfig, FDConv2d, FDLinear
 from fdconv.prepared import PreparedModulation, prepare
 from fdsurgery import UnsupportedModelError
 from fdsurgery.inference import GRAPHS, Replayed
+from fdsurgery.rewrite.folded import folded_norms
 
 
 def logits_of(output: Any) -> Tensor:
@@ -111,9 +112,11 @@ def test_only_what_is_prepared_takes_memory() -> None:
     fast = fdsurgery.compile_for_inference(model)
     held = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     own = [name for name, tensor in fast.named_parameters() if tensor.data_ptr() not in held]
-    assert all(name.endswith("dft_weight") for name in own)
+    assert all(name.endswith(("dft_weight", "bias")) for name in own)  # biases, of norms that are folded
+    folded = tuple(folded_norms(fast))
     own = [name for name, tensor in fast.named_buffers() if tensor.data_ptr() not in held]
-    assert all(name.endswith("frequency_group") or "KSM_Global" in name for name in own)
+    own = [name for name in own if not name.startswith(folded)]
+    assert all(name.endswith(("frequency_group", "filter_scale")) or "KSM_Global" in name for name in own)
 
 
 def test_it_refuses_to_train_and_to_be_saved() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from torch import nn
 
 from ..errors import CheckpointError, SurgeryError, near_misses
 from ..operators import get_operator, operator_of
+from ..rewrite.folded import Folded, folded_norms, is_norm
 
 if TYPE_CHECKING:
     from ..planning import Plan
@@ -66,6 +67,10 @@ class Description:
     """The name that classes with a head give the base model; a base model itself has no such part."""
     origin: Origin
     layers: tuple[LayerGroup, ...]
+    scaled: Mapping[str, bool] = field(default_factory=dict)
+    """Layers with a scale of each filter, into which a norm was folded, and whether they have a bias."""
+    folded: tuple[str, ...] = ()
+    """The norms that were folded."""
 
     @staticmethod
     def of(model: nn.Module, origin: Origin) -> Description:
@@ -79,7 +84,9 @@ class Description:
                 group = groups.setdefault(key, LayerGroup(operator.name, settings, {}))
                 group.shapes[name] = _weight_shape(layer)
         prefix = str(getattr(model, "base_model_prefix", ""))
-        return Description(type(model).__name__, prefix, origin, tuple(groups.values()))
+        scaled = {name: layer.bias is not None for name, layer in model.named_modules() if _is_scaled(layer)}
+        folded = tuple(folded_norms(model))
+        return Description(type(model).__name__, prefix, origin, tuple(groups.values()), scaled, folded)
 
     def to_dict(self) -> dict[str, Any]:
         """The description as plain JSON types, as it stands in the config."""
@@ -92,6 +99,8 @@ class Description:
             "base_model_prefix": self.base_model_prefix,
             **asdict(self.origin),
             "layers": [asdict(group) for group in self.layers],
+            **({"scaled": dict(self.scaled)} if self.scaled else {}),
+            **({"folded": list(self.folded)} if self.folded else {}),
         }
 
     @staticmethod
@@ -109,7 +118,8 @@ class Description:
         try:
             layers = tuple(_group_from_dict(entry) for entry in data["layers"])
             origin = _origin_from_dict(data)
-            description = Description(data["model_class"], data["base_model_prefix"], origin, layers)
+            scaled, folded = _folding_from_dict(data)
+            description = Description(data["model_class"], data["base_model_prefix"], origin, layers, scaled, folded)
         except (KeyError, TypeError, AttributeError, SurgeryError) as error:
             raise CheckpointError(f"quantization_config is damaged: {type(error).__name__}: {error}") from None
         if not layers:
@@ -143,18 +153,26 @@ class Description:
         return found
 
     def replacements_for(self, model: nn.Module) -> dict[nn.Module, nn.Module]:
-        """A dynamic layer for each plain one that is described.
+        """A dynamic layer for each plain one that is described, and what stands for each norm that was folded.
 
         Raises:
             CheckpointError: the model lacks a layer, or has one in its place that cannot be swapped.
         """
         found = self.find(model)
-        return {
-            found[name]: _replaced(name, found[name], group)
-            for group in self.layers
-            for name in group.shapes
-            if name in found
-        }
+        replacements: dict[nn.Module, nn.Module] = {}
+        for group in self.layers:
+            for name in group.shapes:
+                if name in found:
+                    layer: Any = _replaced(name, found[name], group)
+                    if name in self.scaled:
+                        layer.expect_scale(bias=self.scaled[name])
+                    replacements[found[name]] = layer
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for name in self.folded:
+            norm = next((modules[other] for other in self._names_elsewhere(name) if other in modules), None)
+            if norm is not None and is_norm(norm):
+                replacements[norm] = Folded(norm)
+        return replacements
 
     def origin_for(self, model: nn.Module) -> Origin:
         """What holds of a model that was built from this; another class with another head costs something else."""
@@ -232,6 +250,19 @@ def _recorded_origin(config: Any) -> Origin:
 
 def _origin_from_dict(data: dict[str, Any]) -> Origin:
     return Origin(*(data.get(entry.name) for entry in fields(Origin)))
+
+
+def _folding_from_dict(data: dict[str, Any]) -> tuple[dict[str, bool], tuple[str, ...]]:
+    scaled, folded = data.get("scaled", {}), data.get("folded", [])
+    if not isinstance(scaled, dict) or not all(isinstance(value, bool) for value in scaled.values()):
+        raise TypeError("'scaled' must be true or false by the names of layers")
+    if not isinstance(folded, list) or not all(isinstance(name, str) for name in folded):
+        raise TypeError("'folded' must be a list of names")
+    return scaled, tuple(folded)
+
+
+def _is_scaled(layer: nn.Module) -> bool:
+    return operator_of(layer) is not None and getattr(layer, "filter_scale", None) is not None
 
 
 def _group_from_dict(data: dict[str, Any]) -> LayerGroup:

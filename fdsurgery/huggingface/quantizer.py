@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError
 from ..operators import operator_of
+from ..rewrite.folded import Folded
 from ..rewrite.tree import swapped
 from .description import METHOD, NOTICE, Description, describe
 
@@ -59,6 +60,9 @@ class DynamicLayersQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         description = self.quantization_config.description
         _check_read(model, description)
+        for module in model.modules():
+            if isinstance(module, Folded):
+                module.reset_statistics()  # transformers makes room for what is not saved, and leaves it as it finds it
         _forget_quantization(model)
         describe(model, description.origin_for(model))
         return model
