@@ -3,6 +3,17 @@
 from .config import FDConfig
 from .flops import LayerCost, layer_cost
 from .functional import set_backend
+from .lazy import NeutralWeightWarning, WeightReadError, strict_weight_reads
 from .layers import FDConv2d, FDLinear
 
-__all__ = ["FDConfig", "FDConv2d", "FDLinear", "LayerCost", "layer_cost", "set_backend"]
+__all__ = [
+    "FDConfig",
+    "FDConv2d",
+    "FDLinear",
+    "LayerCost",
+    "NeutralWeightWarning",
+    "WeightReadError",
+    "layer_cost",
+    "set_backend",
+    "strict_weight_reads",
+]

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from . import band_loop
 from .config import FDConfig
-from .cpu import is_plain
+from .cpu import is_plain, is_transformed
 from .modulation import ZeroInit, gate
 from .precision import exact_dtype, fft_dtype, without_autocast
+from .strides import contiguous
 
 T = TypeVar("T")
 
@@ -36,13 +37,14 @@ def fourier_basis(size: int, highest: int, device: torch.device, dtype: torch.dt
     Returns:
         `(size, 1 + 2*highest)`.
     """
-    column = torch.arange(1 + 2 * highest, device=device)
+    column = torch.arange(1 + 2 * highest, dtype=torch.int64, device=device)
     frequency = (column + 1) // 2
     # The phase is reduced in integers: at large sizes a product of floats would lose digits. A sine is a cosine a
     # quarter turn later.
-    phase = torch.arange(size, device=device)[:, None] * frequency % size
+    phase = torch.arange(size, dtype=torch.int64, device=device)[:, None] * frequency % size
     sine = (column > 0) & (column % 2 == 0)
-    angle = (4 * phase - size * sine).to(exact_dtype(device)) * (torch.pi / (2 * size))
+    # Divided last: while tracing a size is a tensor, and its quotient with a number would be of the default dtype.
+    angle = (4 * phase - size * sine).to(exact_dtype(device)) * torch.pi / (2 * size)
     # The highest frequency of an even size has no sine, and its cosine is twice as long.
     twice = (frequency > 0) & (2 * frequency != size)
     return (angle.cos() * ((1 + twice.to(angle.dtype)) / size).sqrt()).to(dtype)
@@ -121,6 +123,8 @@ def interpolated_masks(
 def interpolated_low_passes(x: Tensor, bands: tuple[int, ...]) -> list[Tensor]:
     """The low-passes that official checkpoints were trained with, by `interpolated_masks`; as `low_passes` else."""
     masks = cached(interpolated_masks, *x.shape[-2:], bands, x.device, x.dtype)
+    if x.numel() == 0:  # of which torch takes no transform
+        return [x] * len(bands)
     spectrum = torch.fft.rfft2(x)
     return [torch.fft.irfft2(spectrum * mask, s=x.shape[-2:]) for mask in masks]
 
@@ -140,7 +144,7 @@ def soft_low_passes(x: Tensor, edges: Tensor, softness: float) -> list[Tensor]:
     def along(size: int) -> Tensor:
         """The low-passes of one axis as matrices, `(bands, B, 1, size, size)`."""
         basis = cached(fourier_basis, size, size // 2, x.device, x.dtype)[:, :size]
-        frequency = (torch.arange(size, device=x.device) + 1) // 2 / size
+        frequency = ((torch.arange(size, dtype=torch.int64, device=x.device) + 1) // 2).to(x.dtype) / size
         kept = torch.sigmoid((edges.T[..., None] - frequency) / softness)
         return ((basis * kept.unsqueeze(2)) @ basis.T).unsqueeze(2)
 
@@ -156,7 +160,7 @@ def _cached(make: Callable[..., T], *arguments: Any) -> T:
 def cached(make: Callable[..., T], *arguments: Any) -> T:
     """What `make` gives for a size, kept for the next call of that size; the latest 64 are."""
     # Tensors made while tracing belong to the trace and must not outlive it.
-    if torch.compiler.is_compiling() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
+    if is_transformed():
         return make(*arguments)
     return _cached(make, *arguments)
 
@@ -193,6 +197,7 @@ def modulated(x: Tensor, weight: Tensor, bias: Tensor, config: FDConfig, edges: 
     Returns:
         The shape and dtype of `x`.
     """
+    x = contiguous(x)
     factors = steps(F.conv2d(x, weight, bias, padding=1, groups=config.band_groups), config)
     groups = x.unflatten(1, (config.band_groups, -1)).flatten(0, 1)
     y = factors[:, :1] * groups
@@ -223,7 +228,8 @@ class BandEdges(nn.Module):
     def reset_parameters(self) -> None:
         """Back to the edges of the fixed bands."""
         with torch.no_grad():
-            self.edge.copy_(torch.tensor([[0.5 / k for k in self.bands]]))
+            for band, k in enumerate(self.bands):
+                self.edge[:, band] = 0.5 / k
 
     def forward(self, x: Tensor) -> Tensor:
         edges = self.edge.to(x.dtype)
@@ -259,9 +265,14 @@ class BandModulation(nn.Module):
         with without_autocast(x.device):
             wide = x.to(fft_dtype(x.dtype))  # the maps as well: logits beyond float16's range make a softmax NaN
             convs: Any = self.freq_weight_conv_list
-            weight = torch.stack([conv.weight for conv in convs], dim=1).flatten(0, 1).to(wide.dtype)
-            bias = torch.stack([conv.bias for conv in convs], dim=1).flatten().to(wide.dtype)
+            weight, bias = (self._by_group([getattr(conv, name) for conv in convs]) for name in ("weight", "bias"))
+            weight, bias = weight.to(wide.dtype), bias.to(wide.dtype)
             if self.edges is None and is_plain(wide):
                 return band_loop.apply(wide, weight, bias, self.config).to(x.dtype)
             edges = None if self.edges is None else self.edges(wide)
             return modulated(wide, weight, bias, self.config, edges).to(x.dtype)
+
+    def _by_group(self, parameters: list[Tensor]) -> Tensor:
+        """Those of all maps, `(groups, ...)` each, as `(groups*maps, ...)`: the maps of a group follow one another."""
+        # Concatenated first, so that what flows back to each parameter lies in memory as it does.
+        return torch.cat(parameters).unflatten(0, (len(parameters), -1)).transpose(0, 1).flatten(0, 1)

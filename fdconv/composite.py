@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from .modulation import Factors, gate
 from .real_fft import padded, planes, real_image
 from .spectrum import image_to_weight
+from .strides import contiguous, is_channels_last
 
 
 class WeightShape(NamedTuple):
@@ -63,7 +64,10 @@ def sample_weights(spectra: Tensor, frequency_group: Tensor, factors: Factors, s
     if torch.onnx.is_in_onnx_export():
         image = real_image(_scaled_planes(spectra, frequency_group, factors.kernel, shape), shape.width)
     else:
-        image = torch.fft.irfft2(scaled_spectra(spectra, frequency_group, factors.kernel, shape.scale), s=_size(shape))
+        scaled = scaled_spectra(spectra, frequency_group, factors.kernel, shape.scale)
+        if scaled.shape[0] == 0 and not torch.jit.is_tracing():  # of which torch takes no transform
+            return spectra.new_zeros(0, shape.out_channels, shape.in_channels, *shape.kernel_size)
+        image = torch.fft.irfft2(scaled, s=_size(shape))
     # Input channels last: there the factors broadcast along contiguous memory, and a 3x3 kernel's three columns do not.
     weight = image_to_weight(image, shape.kernel_size).movedim(2, -1).contiguous()
     if factors.context is not None:
@@ -221,20 +225,38 @@ def conv2d_per_sample(
         `(B, C_out, H', W')`.
     """
     batch = x.shape[0]  # not len(x), which torch.export takes for a constant
-    if batch == 0:  # the sum is a zero weight through which gradients flow
-        return F.conv2d(x, weight.sum(0), None, stride, padding, dilation, groups)
-    if weight.shape[0] == 1:
+    if _shared(weight):
         return F.conv2d(x, weight[0], None, stride, padding, dilation, groups)
     out_channels, _, k_h, k_w = weight.shape[1:]
     if (k_h, k_w) == (1, 1) and padding == (0, 0):
         x = x[:, :, :: stride[0], :: stride[1]]
-        columns = x.reshape(batch, groups, -1, x.shape[-2] * x.shape[-1])
-        y = weight.reshape(batch, groups, out_channels // groups, -1) @ columns
-        return y.reshape(batch, out_channels, *x.shape[-2:])
-    if torch.onnx.is_in_onnx_export() and not isinstance(batch, int):
+        size = x.shape[-2:]
+        by_group = weight.reshape(weight.shape[0], groups, out_channels // groups, -1)
+        if groups == 1 and is_channels_last(x):  # then so is the result, and nothing need be moved
+            pixels = x.permute(0, 2, 3, 1).reshape(batch, size[0] * size[1], -1)
+            y = pixels @ by_group[:, 0].transpose(1, 2)
+            return y.view(batch, *size, out_channels).permute(0, 3, 1, 2)
+        y = by_group @ contiguous(x).view(batch, groups, -1, size[0] * size[1])
+        return y.reshape(batch, out_channels, *size)
+    if open_batch(batch):
         return _conv2d_by_products(x, weight, stride, padding, dilation, groups)
-    y = F.conv2d(x.reshape(1, -1, *x.shape[-2:]), weight.flatten(0, 1), None, stride, padding, dilation, groups * batch)
+    rows = contiguous(x).view(1, -1, *x.shape[-2:])
+    y = F.conv2d(rows, weight.flatten(0, 1), None, stride, padding, dilation, groups * batch)
     return y.view(batch, out_channels, *y.shape[-2:])
+
+
+def open_batch(batch: Any) -> bool:
+    """True where what is traced must hold for other numbers of samples than the one at hand.
+
+    A convolution in groups would fix it. `torch.jit.trace` runs on real tensors, at one number of samples; ONNX keeps the
+    number of groups in the file.
+    """
+    return torch.jit.is_tracing() or (torch.onnx.is_in_onnx_export() and not isinstance(batch, int))
+
+
+def _shared(weight: Tensor) -> bool:
+    """True for a weight that all samples share; one that is traced for a single sample may be another's of many."""
+    return weight.shape[0] == 1 and not torch.jit.is_tracing()
 
 
 def _conv2d_by_products(
@@ -268,8 +290,8 @@ def linear_per_sample(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         `(B, ..., C_out)`.
     """
-    if weight.shape[0] == 1:
+    if _shared(weight):
         return F.linear(x, weight[0])
-    # All positions on one axis, of length 1 for `(B, C_in)`; a reshape with -1 fails on an empty batch.
-    y = x.unsqueeze(1).flatten(1, -2) @ weight.transpose(1, 2)
+    # All positions on one axis, of length 1 for `(B, C_in)`.
+    y = contiguous(x).unsqueeze(1).flatten(1, -2) @ weight.transpose(1, 2)
     return y.reshape(*x.shape[:-1], weight.shape[1])

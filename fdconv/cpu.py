@@ -50,7 +50,7 @@ class _Buffers(threading.local):
         held = self.held.get((name, dtype))
         if held is None or held.numel() < size:
             with torch.inference_mode(False):
-                self.held[name, dtype] = held = torch.empty(size, dtype=dtype)
+                self.held[name, dtype] = held = torch.empty(size, dtype=dtype, device="cpu")
         return held[:size].view(shape)
 
 

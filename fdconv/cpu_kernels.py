@@ -149,7 +149,7 @@ def scale_backward(above: Tensor, spectra: Tensor, group: Tensor, tables: Tensor
         above: `(B, D2h, D1, 2)`, transposed.
         to_spectra: as the spectra; added to.
     """
-    to_tables = torch.empty(-(-len(group) // _library().fdconv_tile()), *tables.shape)
+    to_tables = tables.new_empty(-(-len(group) // _library().fdconv_tile()), *tables.shape)
     _library().fdconv_scale_backward(
         *(above.data_ptr(), spectra.data_ptr(), group.data_ptr(), group.element_size(), tables.data_ptr()),
         *(to_spectra.data_ptr(), to_tables.data_ptr()),
@@ -217,8 +217,8 @@ def modulate_backward(
     to_rows, to_columns = torch.empty_like(rows), columns.new_zeros(samples, parts, columns.shape[1])
     to_shorts = to_context = None
     if shorts is not None:
-        to_shorts = torch.empty(samples, *shorts.shape)
-        to_context = torch.zeros(samples, parts, given[0].shape[1])
+        to_shorts = shorts.new_empty(samples, *shorts.shape)
+        to_context = given[0].new_zeros(samples, parts, given[0].shape[1])
     places = (to_image, to_rows, to_shorts, to_columns, to_context)
     to = _Gradients(*(None if place is None else place.data_ptr() for place in places))
     _library().fdconv_modulate_backward(

@@ -24,6 +24,7 @@ from .measured_choice import Fastest
 from .memory import Explained
 from .modulation import Factors
 from .precision import without_autocast
+from .strides import owned
 from .triton_tuning import power_of_2
 
 Backend = Literal["auto", "torch", "cpp", "triton"]
@@ -88,6 +89,8 @@ def frequency_dynamic(
         x = x.to(dtype)
     backend = _backend if backend is None else _known(backend)
     with without_autocast(x.device), Explained(x, shape):
+        if x.shape[0] == 0 and not torch.jit.is_tracing():
+            return _of_no_samples(x, spectra, frequency_group, factors, shape, conv, dtype)
         if _triton_serves(x, spectra, backend):
             make = partial(_triton_weights, frequency_group=frequency_group, shape=shape, dtype=dtype)
             convolve = _triton_per_sample if _triton_convolves(shape, conv) else per_sample
@@ -102,6 +105,23 @@ def frequency_dynamic(
             recomputed: Tensor = _Recomputed.apply(make, convolve, conv, x, spectra, *factors)  # type: ignore[no-untyped-call]
             return recomputed
         return convolve(x, make(spectra, *factors), conv)
+
+
+def _of_no_samples(
+    x: Tensor,
+    spectra: Tensor,
+    frequency_group: Tensor,
+    factors: Factors,
+    shape: WeightShape,
+    conv: Convolution | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The result for an empty batch, from which gradients flow, all zero, to whatever a batch's would flow to."""
+    y = per_sample(x, sample_weights(spectra, frequency_group, Factors(), shape).to(dtype), conv)
+    empty = [factor.sum() for factor in factors.per_sample]
+    if factors.taps is not None:
+        empty.append(factors.taps[:0].sum())
+    return y + torch.stack(empty).sum().to(y.dtype) if empty else y
 
 
 def _compiled_serves(spectra: Tensor, factors: Factors, backend: Backend) -> bool:
@@ -205,7 +225,7 @@ class _Recomputed(torch.autograd.Function):
     ) -> Tensor:
         ctx.make, ctx.conv = make, conv
         ctx.save_for_backward(x, *rest)
-        result: Tensor = convolve(x, make(*rest), conv)
+        result: Tensor = owned(convolve(x, make(*rest), conv))
         return result
 
     @staticmethod

@@ -8,18 +8,21 @@ weigh the frequency bands of their input (FBM). Source: FDConv (arXiv 2503.18783
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._prims_common import make_channels_last_2d_strides_for, make_contiguous_strides_for
 
 from .bands import BandModulation
 from .composite import Convolution, WeightShape, sample_weights
 from .config import FDConfig
+from .filter_scale import filter_multiple
 from .functional import frequency_dynamic
-from .lazy import LazyTensor
-from .modulation import Factors, GlobalModulation, LocalModulation
-from .precision import exact_dtype, fft_dtype, without_autocast
+from .lazy import LazyTensor, read_when_run
+from .modulation import Factors, GlobalModulation, LocalModulation, ZeroInit
+from .precision import exact_dtype, fft_dtype, holds_no_values, without_autocast
 from .spectrum import (
     frequency_groups,
     group_dtype,
@@ -28,6 +31,7 @@ from .spectrum import (
     spectra_to_image,
     weight_to_image,
 )
+from .strides import as_conv_result, is_channels_last
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 PAPER = FDConfig()
@@ -50,6 +54,9 @@ class FrequencyDynamic(nn.Module):
     KSM_Global: GlobalModulation | None
     KSM_Local: LocalModulation | None
     FBM: BandModulation | None
+    channels_last: bool = False
+    """True if the static twin's weight would be channels-last in memory, as `model.to(memory_format=...)` makes it. The
+    layer's own parameters stay in rows, where transforms want them, but its results follow."""
 
     def _static_shape(self) -> tuple[int, ...]:
         """Shape of the static twin's weight."""
@@ -78,12 +85,60 @@ class FrequencyDynamic(nn.Module):
     def weight(self) -> Tensor:
         """The static weight this layer stands for: the dynamic weight at neutral modulation, in its twin's shape.
 
-        A differentiable function of the spectrum, not a parameter; computed only if its values are used. To change it
-        call `set_weight`.
+        A differentiable function of the spectrum, not a parameter; computed only if its values are used. Computing with
+        it leaves the modulation out, of which a warning tells (see `fdconv.strict_weight_reads`). What is assigned to
+        it, or written into it without gradients, goes into the spectrum; `requires_grad` is that of the spectrum.
         """
-        if torch.compiler.is_compiling():
-            return self._neutral_weight()  # what is not used, the compiler drops
-        return LazyTensor(self._neutral_weight, torch.Size(self._static_shape()), self.dft_weight)
+        if torch.compiler.is_compiling():  # what is not used, the compiler drops
+            return read_when_run(self._neutral_weight(), self._modulation(), type(self).__name__)
+        shape = self._static_shape()
+        strides_for = make_channels_last_2d_strides_for if self.channels_last else make_contiguous_strides_for
+        return LazyTensor(self, shape, strides_for(shape), self.dft_weight.requires_grad)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "weight":
+            super().__setattr__(name, value)
+        elif not (isinstance(value, LazyTensor) and value.stands_for(self)):  # else it is the end of `weight *= 2`
+            self.adopt_weight(value)
+            if isinstance(value, nn.Parameter):
+                self.dft_weight.requires_grad_(value.requires_grad)
+
+    def __delattr__(self, name: str) -> None:
+        if name == "weight":
+            raise AttributeError(_no_parameter("deleted"))
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in `nn.Module`; refuses parameters that would take the part of the weight (`weight_orig`, `weight_g`)."""
+        if name.partition("_")[0] == "weight":
+            raise RuntimeError(_no_parameter(f"replaced by {name!r}"))
+        super().register_parameter(name, param)
+
+    def _modulation(self) -> list[Tensor]:
+        """Tensors that are all zero where the modulation is neutral."""
+        if self.KSM_Global is not None and not isinstance(self.KSM_Global, GlobalModulation):  # prepared for inference
+            found = self.KSM_Global.neutral_at_zero()
+        else:
+            found = [] if self.KSM_Global is None else _heads(self.KSM_Global)
+        local = [] if self.KSM_Local is None else [self.KSM_Local.conv.weight]
+        return found + local + ([] if self.FBM is None else _heads(self.FBM.freq_weight_conv_list))
+
+    def is_neutral(self) -> bool:
+        """True if the layer computes what its static weight does: every gate is 1 for any input.
+
+        Tensors without values (on meta, or fake) count as neutral.
+        """
+        return all(holds_no_values(tensor) or not tensor.any() for tensor in self._modulation())
+
+    def _stored(self) -> Tensor:
+        return self.dft_weight
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # What a conversion does to the memory format shows on a tensor of the static weight's kind.
+        kind = {"dtype": self.dft_weight.dtype, "device": self.dft_weight.device}
+        probe = torch.empty(2, 2, 2, 2, **kind, memory_format=_format(self.channels_last))
+        self.channels_last = len(self._static_shape()) == 4 and is_channels_last(fn(probe))
+        return super()._apply(lambda tensor: _in_rows(fn(tensor)), recurse)
 
     def _spectra(self) -> Tensor:
         return self.dft_weight.to(fft_dtype(self.dft_weight.dtype))
@@ -95,18 +150,63 @@ class FrequencyDynamic(nn.Module):
             weight = image_to_weight(image, (k_h, k_w))
             if self.filter_scale is not None:
                 weight = weight * self.filter_scale.to(weight.dtype).view(-1, 1, 1, 1)
-            return weight.reshape(self._static_shape()).to(self.dft_weight.dtype)
+            weight = weight.reshape(self._static_shape()).to(self.dft_weight.dtype)
+            return weight.contiguous(memory_format=_format(self.channels_last))
 
     @torch.no_grad()
     def set_weight(self, weight: Tensor) -> None:
-        """Make the layer stand for another static weight, of its twin's shape; the modulation stays as it is."""
+        """Make the layer stand for another static weight, of its twin's shape; the modulation stays as it is.
+
+        Raises:
+            ValueError: the weight has another shape, or the dtype of the layer cannot hold its spectrum.
+        """
         if weight.shape != self._static_shape():
             raise ValueError(f"weight must have the shape {self._static_shape()}, not {tuple(weight.shape)}")
+        spectra = self._spectra_of(weight)
+        if holds_no_values(spectra) or holds_no_values(self.dft_weight):
+            return
+        largest, most = float(spectra.abs().max()), torch.finfo(self.dft_weight.dtype).max
+        if largest > most and bool(weight.isfinite().all()):
+            raise ValueError(
+                f"the spectrum of this weight reaches {largest:.3g}, and {self.dft_weight.dtype} holds numbers up to "
+                f"{most:.3g}; keep the layer in float32 or bfloat16"
+            )
+        self.dft_weight.copy_(spectra)
+        self.filter_scale = None
+
+    def _spectra_of(self, weight: Tensor) -> Tensor:
+        """The spectra `(r, D1, D2h, 2)` to store for a static weight, in the most precise dtype."""
         # The transform runs once, so it can afford the precision that leaves the stored spectrum correctly rounded.
         exact = weight.detach().to(exact_dtype(weight.device))
         image = weight_to_image(exact.reshape(self._kernel_shape()))
-        self.dft_weight.copy_(image_to_spectra(image, self.config.param_ratio) / self._neutral_scale())
-        self.filter_scale = None
+        return image_to_spectra(image, self.config.param_ratio) / self._neutral_scale()
+
+    def adopt_weight(self, weight: Tensor) -> None:
+        """What `layer.weight = weight` does: stand for another static weight, of the layer's own dtype.
+
+        Raises:
+            TypeError: it is no plain tensor, or of another dtype.
+            ValueError: it has another shape.
+        """
+        if not isinstance(weight, Tensor):
+            raise TypeError(_no_parameter(f"replaced by a {type(weight).__name__}"))
+        plain = weight.detach()
+        if type(plain.data) is not Tensor:
+            raise TypeError(
+                f"a {type(plain.data).__name__} cannot be the weight of a dynamic layer, which is computed from a spectrum: "
+                "quantise or shard other layers, or keep this one plain by a recipe"
+            )
+        if plain.dtype != self.dft_weight.dtype:
+            raise TypeError(
+                f"a weight of {plain.dtype} cannot be assigned to a layer of {self.dft_weight.dtype}; convert the layer, "
+                f"layer.to({plain.dtype})"
+            )
+        scale = None if self.is_neutral() else filter_multiple(plain, self._neutral_weight())
+        if scale is not None and scale.min() != scale.max():  # a filter's factor commutes with any modulation
+            self._scale_weight(scale)
+        else:
+            self.set_weight(plain)
+        self.channels_last = is_channels_last(plain)
 
     @torch.no_grad()
     def scale_filters(self, scale: Tensor, shift: Tensor | None = None) -> None:
@@ -160,13 +260,47 @@ class FrequencyDynamic(nn.Module):
         return kept
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """Have a scale if the layer that was saved had one, and the bias that came with it."""
+        """Take over a plain layer's state; have a scale if the layer that was saved had one, and the bias it came with."""
+        if f"{prefix}weight" in state_dict and f"{prefix}dft_weight" not in state_dict:
+            error = self._expect_plain(state_dict, prefix)
+            if error is not None:
+                rest[-1].append(error)
+                return
         if f"{prefix}dft_weight" in state_dict:
             if f"{prefix}filter_scale" in state_dict:
                 self.expect_scale(bias=f"{prefix}bias" in state_dict)
             else:
                 self.filter_scale = None
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    @torch.no_grad()
+    def _expect_plain(self, state_dict: dict[str, Tensor], prefix: str) -> str | None:
+        """Put what a neutral layer would have saved in the place of a plain layer's weight; why not, if it cannot be."""
+        weight, shape = state_dict[f"{prefix}weight"], self._static_shape()
+        if tuple(weight.shape) != shape:
+            return (
+                f"size mismatch for {prefix}weight: the checkpoint has a static weight {tuple(weight.shape)}, and the dynamic "
+                f"layer stands for one of {shape}."
+            )
+        if self.KSM_Global is not None and not isinstance(self.KSM_Global, GlobalModulation):
+            return f"{prefix}weight: this model was prepared for inference and cannot be loaded into."
+        if self.dft_weight.is_meta and not weight.is_meta:  # as with assign=True
+            with torch.random.fork_rng(devices=[]):
+                self.to_empty(device=weight.device)
+                self.reset_modulation()
+        if not self.is_neutral():
+            warnings.warn(
+                f"a plain checkpoint was loaded into the dynamic layer {prefix.rstrip('.') or type(self).__name__!r}: it "
+                "computes what the checkpoint's layer does, and what its modulation had learned is gone",
+                stacklevel=2,
+            )
+        heads = {id(tensor) for tensor in self._modulation()}
+        own = {name for name in ("dft_weight", "bias", "filter_scale") if name in self._parameters | self._buffers}
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            if name not in own:
+                state_dict[prefix + name] = torch.zeros_like(tensor) if id(tensor) in heads else tensor.detach()
+        state_dict[f"{prefix}dft_weight"] = self._spectra_of(state_dict.pop(f"{prefix}weight"))
+        return None
 
     def expect_scale(self, *, bias: bool) -> None:
         """Make room for a scale, and perhaps for a first bias, whose values will be read."""
@@ -179,7 +313,8 @@ class FrequencyDynamic(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw weight and bias as the static twin does, and make the modulation neutral."""
-        weight = torch.empty(self._static_shape(), device=self.dft_weight.device)
+        spectra = self._spectra()
+        weight = torch.empty(self._static_shape(), dtype=spectra.dtype, device=spectra.device)
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
         self.set_weight(weight)
         if self.bias is not None:
@@ -191,7 +326,7 @@ class FrequencyDynamic(nn.Module):
     def reset_modulation(self) -> None:
         """Fix the frequency groups and make the modulation neutral; the static weight stays as it is."""
         out_channels, in_channels, k_h, k_w = self._kernel_shape()
-        if not self.frequency_group.is_meta:  # on meta there is nothing to fill, and the sort is what takes time
+        if not holds_no_values(self.frequency_group):  # there is nothing to fill, and the sort is what takes time
             self.frequency_group.copy_(frequency_groups(out_channels * k_h, in_channels * k_w, self.config.kernel_num))
         for module in self.modules():
             reset = getattr(module, "reset_parameters", None)
@@ -203,6 +338,7 @@ class FrequencyDynamic(nn.Module):
         self.to_empty(device=plain.weight.device)
         self.reset_modulation()
         self.set_weight(plain.weight)
+        self.channels_last = is_channels_last(plain.weight)
         self.requires_grad_(plain.weight.requires_grad)
         if self.bias is not None and plain.bias is not None:
             with torch.no_grad():
@@ -212,7 +348,7 @@ class FrequencyDynamic(nn.Module):
 
     def _hand_over(self, plain: nn.Conv2d | nn.Linear) -> None:
         """Give a plain layer, built on meta, the neutral weight, bias, `requires_grad` and mode of this one."""
-        plain.to_empty(device=self.dft_weight.device)
+        plain.to_empty(device=self.dft_weight.device).to(memory_format=_format(self.channels_last))
         with torch.no_grad():
             plain.weight.copy_(self._neutral_weight())
             plain.weight.requires_grad_(self.dft_weight.requires_grad)
@@ -351,14 +487,17 @@ class FDConv2d(FrequencyDynamic, nn.Conv2d):  # type: ignore[misc, override]  # 
             return x, (top, left)
         return nn.functional.pad(x, (left, right, top, bottom)), (0, 0)  # "same" with a kernel of even size
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 3:  # not self.forward: a subclass that prepares its input has done so by now
-            return FDConv2d.forward(self, x.unsqueeze(0)).squeeze(0)
-        context = self._context(x)
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return _called(self, input)
+        if input.dim() == 3:  # not self.forward: a subclass that prepares its input has done so by now
+            return FDConv2d.forward(self, input.unsqueeze(0)).squeeze(0)
+        x, context = input, self._context(input)
         if self.FBM is not None:
             x = self.FBM(x)
         x, padding = self._padded(x)
-        return self._apply_weights(context, x, Convolution(self.stride, padding, self.dilation, self.groups))
+        y = self._apply_weights(context, x, Convolution(self.stride, padding, self.dilation, self.groups))
+        return as_conv_result(y, input, self.channels_last)
 
 
 class FDLinear(FrequencyDynamic, nn.Linear):  # type: ignore[misc, override]
@@ -433,12 +572,41 @@ class FDLinear(FrequencyDynamic, nn.Linear):  # type: ignore[misc, override]
         self._hand_over(linear)
         return linear
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 1:
-            return FDLinear.forward(self, x.unsqueeze(0)).squeeze(0)
-        return self._apply_weights(self._context(x), x, None)
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return _called(self, input)
+        if input.dim() == 1:
+            return FDLinear.forward(self, input.unsqueeze(0)).squeeze(0)
+        return self._apply_weights(self._context(input), input, None)
 
 
 def _geometry(conv: nn.Conv2d) -> dict[str, Any]:
     names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
     return {**{name: getattr(conv, name) for name in names}, "bias": conv.bias is not None}
+
+
+def _called(layer: nn.Module, input: fx.Proxy) -> Any:
+    """What `torch.fx` writes for a call of a layer of torch's own: the layer is a leaf of the graph, for any tracer."""
+    tracer: Any = input.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), {})
+
+
+def _no_parameter(done: str) -> str:
+    return (
+        f"the weight of a dynamic layer is computed from its dft_weight, and cannot be {done}: call "
+        "layer.set_weight(tensor), or put the plain layer back first (to_conv, to_linear, fdsurgery.restore)"
+    )
+
+
+def _heads(module: nn.Module) -> list[Tensor]:
+    return [parameter for head in module.modules() if isinstance(head, ZeroInit) for parameter in head.parameters()]
+
+
+def _format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _in_rows(tensor: Tensor) -> Tensor:
+    """A parameter as it lies at the start, whatever memory format the model was moved to."""
+    in_rows = tensor.layout != torch.strided or tensor.stride() == make_contiguous_strides_for(tensor.shape)
+    return tensor if in_rows else torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor)

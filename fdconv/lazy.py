@@ -1,79 +1,481 @@
-"""A tensor whose values are computed when somebody needs them, and whose shape, dtype and device are known before."""
+"""The tensor behind a dynamic layer's `weight`: metadata now, values when they are used, and what is written is kept.
+
+Nothing of a layer *is* its static weight, which is computed from the spectrum at neutral modulation. So whoever computes
+with `layer.weight` leaves the modulation out. That is told: by a warning for each place that reads, by an error within
+`strict_weight_reads`, and by an error in places whose result would replace the layer. What is written into the weight
+goes into the spectrum.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.overrides import get_default_nowrap_functions
 from torch.utils._pytree import tree_map_only
 
-_METADATA: set[Any] = {
-    Tensor.shape.__get__,  # type: ignore[attr-defined]
-    Tensor.dtype.__get__,  # type: ignore[attr-defined]
-    Tensor.device.__get__,  # type: ignore[attr-defined]
-    Tensor.layout.__get__,  # type: ignore[attr-defined]
-    Tensor.ndim.__get__,  # type: ignore[attr-defined]
-    Tensor.is_meta.__get__,  # type: ignore[attr-defined]
-    Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
-    Tensor.is_cpu.__get__,  # type: ignore[attr-defined]
-    Tensor.is_sparse.__get__,  # type: ignore[attr-defined]
-    Tensor.is_quantized.__get__,  # type: ignore[attr-defined]
-    Tensor.itemsize.__get__,  # type: ignore[attr-defined]
-    Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
-    Tensor.size,
-    Tensor.dim,
-    Tensor.numel,
-    Tensor.element_size,
-    Tensor.is_floating_point,
-    Tensor.is_complex,
-    Tensor.get_device,
-    Tensor.__len__,
-}
 
-_ASSIGNMENT = Tensor.data.__set__  # type: ignore[attr-defined]
-"""`weight.data = x`, and the end of `weight.data += x`: with it, merged adapters would vanish without a word."""
+class NeutralWeightWarning(UserWarning):
+    """The static weight of a dynamic layer was computed with, though the layer's modulation is not neutral."""
+
+
+class WeightReadError(RuntimeError):
+    """The static weight of a dynamic layer was about to be computed with where that would give wrong results."""
+
+
+class Owner(Protocol):
+    """A layer whose weight is computed."""
+
+    def is_neutral(self) -> bool:
+        """True if the layer computes what its static weight does."""
+
+    def adopt_weight(self, weight: Tensor) -> None:
+        """Stand for another static weight."""
+
+    def _neutral_weight(self) -> Tensor: ...
+
+    def _static_shape(self) -> tuple[int, ...]: ...
+
+    def _stored(self) -> Tensor:
+        """The parameter that the weight is computed from."""
+
+
+_strict = 0
+
+
+@contextmanager
+def strict_weight_reads() -> Iterator[None]:
+    """Within this context, code that computes with the `weight` of a dynamic layer raises instead of warning.
+
+    `weight` is the layer's static weight, without its modulation. Metadata (`weight.shape`, `weight.dtype`) may be read,
+    and so may the weight of layers whose modulation is neutral.
+
+    Raises:
+        WeightReadError: from the code that reads, with the place and the remedy.
+    """
+    global _strict
+    _strict += 1
+    try:
+        yield
+    finally:
+        _strict -= 1
+
+
+class _Refused(NamedTuple):
+    """Code that may not read the weight at all, for what it makes of it would take the layer's place or be lost."""
+
+    file: str
+    """End of the file's path, with forward slashes; empty for any file."""
+    function: str
+    """Regular expression for the whole name of a function that is running."""
+    remedy: str
+
+
+_REFUSED = (
+    _Refused(
+        "torch/nn/utils/prune.py",
+        ".*",
+        "pruning masks a weight, and this one is computed for each sample; prune other layers, or keep this one plain "
+        "by a recipe",
+    ),
+    *(
+        _Refused(
+            f"torch/nn/utils/{name}.py",
+            ".*",
+            "this normalises a weight before each call, and this one is computed for each sample; keep the layer plain "
+            "by a recipe",
+        )
+        for name in ("weight_norm", "spectral_norm", "parametrize", "parametrizations")
+    ),
+)
+
+_FOLDS = _Refused(
+    "",
+    ".*(fuse|reparam|deploy|get_equivalent|get_kernel_bias|merge_bn|absorb_bn|fold_bn|bn_fold).*",
+    "it would put a plain layer in this one's place, without its modulation. Norms behind dynamic layers are folded by "
+    "fdsurgery.fuse_norms(model); models that reparameterise are to do so before they are converted",
+)
+"""Code that folds norms or merges branches, which is recognised by the name of the function that reads."""
+
+_QUIET = (
+    ("torch/nn/init.py", ".*"),  # which reads what it is about to overwrite
+    ("torch/nn/utils/fusion.py", "fuse_(conv|linear)_bn_weights"),  # whose result is assigned: a scale of each filter
+)
+"""Code that may read the weight whatever the modulation."""
+
+_PLUMBING = (
+    "torch/overrides.py",
+    "torch/_tensor.py",
+    "torch/_tensor_str.py",
+    "torch/functional.py",
+    "torch/nn/functional.py",
+    "torch/utils/_contextlib.py",
+    "torch/utils/_device.py",
+    "torch/utils/_pytree.py",
+)
+"""Files of torch that stand between a reader and the tensor."""
+
+_HERE = str(Path(__file__).parent)
+
+
+def _path(frame: FrameType) -> str:
+    return frame.f_code.co_filename.replace("\\", "/")
+
+
+def _reader() -> FrameType:
+    """The code that reads, outside of this package and of what torch puts between."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and (
+        frame.f_code.co_filename.startswith(_HERE) or _path(frame).endswith(_PLUMBING)
+    ):
+        frame = frame.f_back
+    return frame
+
+
+def _refusal(frame: FrameType | None) -> tuple[FrameType, _Refused] | None:
+    """Where, among the functions that are running, the weight may not be read, and why."""
+    if frame is not None and re.fullmatch(_FOLDS.function, frame.f_code.co_name):
+        return frame, _FOLDS
+    while frame is not None:
+        for place in _REFUSED:
+            if _path(frame).endswith(place.file) and re.fullmatch(place.function, frame.f_code.co_name):
+                return frame, place
+        frame = frame.f_back
+    return None
+
+
+def _told(owner: Owner, computing: bool = True) -> None:
+    """Refuse a read, or warn of it, where that is due."""
+    frame = _reader()
+    quiet = any(_path(frame).endswith(file) and re.fullmatch(name, frame.f_code.co_name) for file, name in _QUIET)
+    refused = None if quiet else _refusal(frame)
+    name = f"the weight of a dynamic layer, {_short(owner)},"
+    if refused is not None:
+        where, place = refused
+        raise WeightReadError(f"{name} cannot be used by {where.f_code.co_name} ({_place(where)}): {place.remedy}")
+    if not computing or quiet or owner.is_neutral():
+        return
+    message = (
+        f"{_place(frame)} computes with {name} which is its static weight: the layer's modulation, which is not neutral, "
+        "is left out. Call the layer, or layer.sample_weights(x) for the weights that samples are given"
+    )
+    if _strict:
+        raise WeightReadError(message)
+    registry = frame.f_globals.setdefault("__warningregistry__", {})
+    module = frame.f_globals.get("__name__")
+    warnings.warn_explicit(message, NeutralWeightWarning, frame.f_code.co_filename, frame.f_lineno, module, registry)
+
+
+def _place(frame: FrameType) -> str:
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _short(owner: Owner) -> str:
+    return f"{type(owner).__name__}({', '.join(map(str, owner._static_shape()))})"
+
+
+def _getter(name: str) -> Any:
+    return getattr(Tensor, name).__get__
+
+
+def _setter(name: str) -> Any:
+    return getattr(Tensor, name).__set__
+
+
+def _named(holder: Any, names: str) -> Iterator[Any]:
+    """Those of the named functions that this version of torch has."""
+    return (getattr(holder, name) for name in names.split() if hasattr(holder, name))
+
+
+_METADATA: set[Any] = {
+    *get_default_nowrap_functions(),
+    *(
+        attribute.__get__
+        for attribute in _named(
+            Tensor,
+            "shape dtype device layout ndim is_meta is_cuda is_cpu is_sparse is_quantized itemsize nbytes requires_grad "
+            "is_leaf names is_mps is_nested is_sparse_csr is_xla is_mkldnn",
+        )
+    ),
+    *_named(
+        Tensor,
+        "size dim numel element_size is_floating_point is_complex is_signed is_conj get_device __len__ stride "
+        "is_contiguous ndimension nelement storage_offset dim_order is_inference has_names __hash__",
+    ),
+} - {_getter("grad"), _getter("_base"), _getter("_grad")}
+
+_SAME_IN_TORCH = (
+    "reshape flatten unflatten ravel t transpose permute movedim moveaxis swapaxes swapdims squeeze unsqueeze select narrow "
+    "diagonal detach adjoint"
+)
+_VIEWS = {
+    *_named(torch, _SAME_IN_TORCH),
+    *_named(Tensor, _SAME_IN_TORCH + " view unfold view_as reshape_as expand expand_as contiguous __getitem__ float double "
+    "half bfloat16"),
+    *map(_getter, ("data", "T", "mT", "H", "mH")),
+}
+"""What may give another look at the same memory, into which somebody may write."""
+
+_OPERATORS = {f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()}
+_STRUCTURAL = set("resize_ resize_as_ set_ t_ transpose_ squeeze_ unsqueeze_ swapaxes_ swapdims_ as_strided_ rename_ detach_".split())
+_HARMLESS = {"requires_grad_", "share_memory_"}
+_OVERWRITES = set(
+    "copy_ zero_ fill_ normal_ uniform_ exponential_ geometric_ log_normal_ cauchy_ random_ bernoulli_ mul_ div_ multiply_ "
+    "divide_ neg_ __imul__ __itruediv__".split()
+)
+"""Writes whose meaning does not depend on what the static weight was, or that scale it and with it all weights."""
+
+_HOOKS = {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.retain_grad}
+_MEMORY = {
+    Tensor.data_ptr,
+    Tensor.untyped_storage,
+    Tensor.storage,
+    Tensor.__dlpack__,
+    _getter("__cuda_array_interface__"),
+}
 
 
 class LazyTensor(torch.Tensor):
-    """Stands for `compute()`, which runs at the first use of its values and again at every later one.
+    """Stands for a layer's static weight, or a view of it, which is computed at each use of its values.
 
     Code that only asks for the metadata of a layer's weight (`layer.weight.dtype`, as many models do in every forward)
-    costs nothing. Writing into it (`nn.init.normal_(layer.weight)`) changes a temporary and does no harm; assigning to
-    its `data` raises.
+    costs nothing. What is written into it, or into a view of it, goes to the layer.
     """
 
-    _compute: Callable[[], Tensor]
+    _owner: Owner
+    _steps: tuple[Callable[[Tensor], Tensor], ...]
+    """What makes the view of the weight."""
 
     @staticmethod
-    def __new__(cls, compute: Callable[[], Tensor], shape: torch.Size, like: Tensor) -> LazyTensor:
+    def __new__(
+        cls,
+        owner: Owner,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        requires_grad: bool,
+        steps: tuple[Callable[[Tensor], Tensor], ...] = (),
+    ) -> LazyTensor:
+        stored = owner._stored()
         lazy = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, dtype=like.dtype, device=like.device, requires_grad=like.requires_grad
+            cls, shape, strides=strides, dtype=stored.dtype, device=stored.device, requires_grad=requires_grad
         )
-        lazy._compute = compute
+        lazy._owner, lazy._steps = owner, steps
         return lazy
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        """Told by transformers, so that it does not draw again what it has read."""
+        return getattr(self._owner._stored(), "_is_hf_initialized", False)
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        self._owner._stored()._is_hf_initialized = value  # type: ignore[attr-defined]
+
+    def _values(self) -> Tensor:
+        _told(self._owner)
+        return self._of(self._owner._neutral_weight())
+
+    def _of(self, weight: Tensor) -> Tensor:
+        for step in self._steps:
+            weight = step(weight)
+        return weight
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs)
-        if func == _ASSIGNMENT:
-            raise RuntimeError(
-                "the weight of a dynamic layer is computed from its spectrum: what is assigned would be lost; "
-                "call the layer's set_weight"
-            )
-        args, kwargs = tree_map_only(LazyTensor, lambda lazy: lazy._compute(), (args, kwargs or {}))
-        return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        target = args[0] if args else kwargs.get("tensor", kwargs.get("input"))
+        if isinstance(target, LazyTensor):
+            if func in (Tensor.requires_grad_, _setter("requires_grad")):
+                return target._set_requires_grad(*args[1:], **kwargs)
+            if func == _setter("data"):
+                return target._assign(args[1])
+            if func in (_getter("grad"), _setter("grad")):
+                return target._gradient(*args[1:])
+            if func in _HOOKS:
+                raise RuntimeError(
+                    f"{name}: the weight of {_short(target._owner)} is computed, and has no gradient of its own; hang the "
+                    "hook onto the layer's dft_weight"
+                )
+            if func in _MEMORY:
+                raise RuntimeError(
+                    f"the weight of {_short(target._owner)} is computed, and has no memory of its own; "
+                    "layer.weight.detach().clone() has"
+                )
+            if func in _VIEWS and (view := target._view(func, args, kwargs)) is not None:
+                return view
+        if _writes(name) and name not in _HARMLESS:
+            targets = [target] if isinstance(target, Tensor) else list(target or ())
+            for one in targets:
+                if isinstance(one, LazyTensor):
+                    one._check_writable(func, name)
+            if len(targets) == 1 and isinstance(targets[0], LazyTensor):
+                return targets[0]._write(func, name, args, kwargs)
+            if any(isinstance(one, LazyTensor) for one in targets):
+                return _write_all(func, name, targets, args, kwargs)
+        if isinstance(kwargs.get("out"), LazyTensor):
+            raise RuntimeError("out= cannot be the weight of a dynamic layer; call layer.set_weight with the result")
+        args, kwargs = _computed((args, kwargs))
+        result = func(*args, **kwargs)
+        if func in (Tensor.numpy, Tensor.__array__):
+            result.flags.writeable = False  # what is written there would be lost
+        return result
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         # Reached only from code that goes past __torch_function__, such as C++ extensions.
-        args, kwargs = tree_map_only(LazyTensor, lambda lazy: lazy._compute().detach(), (args, kwargs or {}))
+        if func._schema.is_mutable and args and isinstance(args[0], LazyTensor):
+            raise RuntimeError(f"{func}: the weight of a dynamic layer is computed; call layer.set_weight")
+        args, kwargs = tree_map_only(LazyTensor, lambda lazy: lazy._values().detach(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
+    def stands_for(self, owner: Owner) -> bool:
+        """True for the whole weight of this layer, none of its views."""
+        return self._owner is owner and not self._steps
+
+    def _set_requires_grad(self, flag: bool = True, **kwargs: bool) -> LazyTensor:
+        if not self._steps:  # a view or a detached weight is a tensor of its own in this
+            self._owner._stored().requires_grad_(kwargs.get("requires_grad", flag))
+        return self
+
+    def _gradient(self, *assigned: Tensor | None) -> None:
+        stored = self._owner._stored()
+        if assigned and assigned[0] is not None:
+            raise RuntimeError("the weight of a dynamic layer is computed: its gradient is that of dft_weight")
+        if assigned:
+            stored.grad = None
+        elif stored.grad is not None:
+            frame = _reader()
+            warnings.warn_explicit(
+                f"the weight of {_short(self._owner)} is computed, and has no gradient of its own; see dft_weight.grad",
+                NeutralWeightWarning,
+                frame.f_code.co_filename,
+                frame.f_lineno,
+                registry=frame.f_globals.setdefault("__warningregistry__", {}),
+            )
+
+    def _assign(self, value: Tensor) -> None:
+        if self._steps:
+            raise RuntimeError("the data of a view of a dynamic layer's weight cannot be exchanged; assign layer.weight")
+        _told(self._owner, computing=False)
+        self._owner.adopt_weight(value)
+
+    def _view(self, func: Any, args: Any, kwargs: Any) -> LazyTensor | None:
+        """The view that a function gives, not computed yet; None where it gives no view."""
+        like = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device="meta")
+        rest = args[1:]
+        try:
+            view = func(like, *rest, **kwargs) if args else func(**{**kwargs, "input": like})
+        except Exception:  # then the function itself tells what is wrong, on values
+            return None
+        if view is like:
+            return self
+        detached = func in (Tensor.detach, torch.detach, _getter("data"))
+        if not isinstance(view, Tensor) or not (view._is_view() or detached):
+            return None
+
+        def step(weight: Tensor) -> Tensor:
+            result: Tensor = func(weight, *rest, **kwargs) if args else func(**{**kwargs, "input": weight})
+            return result
+
+        requires_grad = self.requires_grad and not detached
+        return LazyTensor(self._owner, view.shape, view.stride(), requires_grad, (*self._steps, step))
+
+    def _check_writable(self, func: Any, name: str) -> None:
+        if name in _STRUCTURAL:
+            raise RuntimeError(f"{name}: the shape of a dynamic layer's weight cannot be changed")
+        initialises = getattr(func, "__module__", None) == "torch.nn.init"  # which turns gradients off
+        if torch.is_grad_enabled() and self.requires_grad and not initialises:
+            raise RuntimeError(
+                f"{name}: the weight of a dynamic layer that requires grad is changed in place; do so within "
+                "torch.no_grad(), as with a leaf variable"
+            )
+        _told(self._owner, computing=name not in _OVERWRITES and not initialises)
+
+    @torch.no_grad()
+    def _write(self, func: Any, name: str, args: Any, kwargs: Any) -> LazyTensor:
+        whole = self._owner._neutral_weight().detach().clone()
+        part = self._of(whole)
+        given = tree_map_only(LazyTensor, lambda lazy: part if lazy is self else lazy._values(), (args, kwargs))
+        func(*given[0], **given[1])
+        self._owner.adopt_weight(whole)
+        return self
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return self._compute().detach().clone()
+        return self._values().detach().clone()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self._compute().detach().__reduce_ex__(protocol)
+        return self._values().detach().__reduce_ex__(protocol)
+
+
+def _computed(given: Any) -> Any:
+    return tree_map_only(LazyTensor, lambda lazy: lazy._values(), given)
+
+
+def _writes(name: str) -> bool:
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name == "__setitem__" or name in _OPERATORS
+
+
+@torch.no_grad()
+def _write_all(func: Any, name: str, targets: list[Any], args: Any, kwargs: Any) -> None:
+    """Functions that write into a list of tensors, such as `torch._foreach_mul_`."""
+    lazies = [one for one in targets if isinstance(one, LazyTensor)]
+    wholes = {id(one): one._owner._neutral_weight().detach().clone() for one in lazies}
+    parts = [one._of(wholes[id(one)]) if isinstance(one, LazyTensor) else one for one in targets]
+    rest, kwargs = _computed((args[1:], kwargs))
+    func(parts, *rest, **kwargs)
+    for one in lazies:
+        one._owner.adopt_weight(wholes[id(one)])
+
+
+@torch.library.custom_op("fdconv::read_when_run", mutates_args=())
+def _read_when_run(weight: Tensor, modulation: list[Tensor], layer: str) -> Tensor:
+    capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()  # where no value can be looked at
+    if not capturing and any(bool(tensor.any()) for tensor in modulation):
+        message = (
+            f"compiled code computes with the weight of a dynamic layer, {layer}({', '.join(map(str, weight.shape))}), which "
+            "is its static weight: the layer's modulation, which is not neutral, is left out"
+        )
+        if _strict:
+            raise WeightReadError(message)
+        warnings.warn(message, NeutralWeightWarning, stacklevel=2)
+    return weight.clone()
+
+
+@_read_when_run.register_fake
+def _(weight: Tensor, modulation: list[Tensor], layer: str) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def _read_when_run_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return grad, [None] * ctx.count, None
+
+
+def _read_when_run_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.count = len(inputs[1])
+
+
+_read_when_run.register_autograd(_read_when_run_backward, setup_context=_read_when_run_setup)
+
+
+def read_when_run(weight: Tensor, modulation: list[Tensor], layer: str) -> Tensor:
+    """The weight in a graph that is being traced: what the compiled code does with its values is told when it runs.
+
+    Args:
+        weight: the static weight of a layer.
+        modulation: tensors that are all zero where the layer's modulation is neutral.
+        layer: what to call the layer.
+    """
+    result: Tensor = _read_when_run(weight, modulation, layer)
+    return result

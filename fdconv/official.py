@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .config import FDConfig
 from .layers import FDConv2d, FDLinear
@@ -102,8 +103,9 @@ def public_groups(layer: FDConv2d | FDLinear) -> Tensor:
     """
     d1, d2_half = layer.frequency_group.shape
     _, in_channels, _, k_w = layer._kernel_shape()
-    with torch.device("cpu"):
-        rows, columns = torch.fft.fftfreq(d1), torch.fft.rfftfreq(in_channels * k_w)
+    with _disable_current_modes():
+        place: Any = {"dtype": torch.float32, "device": "cpu"}
+        rows, columns = torch.fft.fftfreq(d1, **place), torch.fft.rfftfreq(in_channels * k_w, **place)
         radius = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).norm(dim=-1)
         order = torch.sort(radius.flatten()).indices
         return groups_from_order(order, layer.config.kernel_num).view(d1, d2_half)
@@ -144,8 +146,9 @@ def _groups(layer: FDConv2d | FDLinear, group_index: Tensor | None) -> Tensor:
             f"not {tuple(group_index.shape)}"
         )
     rows, columns = group_index.long()
-    groups = torch.full((d1, d2_half), -1)
-    groups[rows, columns] = torch.arange(kernel_num)[:, None].expand_as(rows)
+    groups = torch.full((d1, d2_half), -1, dtype=torch.int64, device=rows.device)
+    numbers = torch.arange(kernel_num, dtype=torch.int64, device=rows.device)
+    groups[rows, columns] = numbers[:, None].expand_as(rows)
     if (groups < 0).any():
         raise ValueError("group_index does not name every coefficient once")
     return groups.to(group_dtype(kernel_num))

@@ -6,6 +6,7 @@ import contextlib
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def fft_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -23,3 +24,8 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     if torch.amp.autocast_mode.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()  # where autocast is off, or unknown as on meta
+
+
+def holds_no_values(tensor: torch.Tensor) -> bool:
+    """True on the meta device and for the fake tensors of a tracer."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)

@@ -85,6 +85,10 @@ class PreparedModulation(nn.Module):
         self.register_state_dict_pre_hook(_refuse_to_save)
         super().train(False)
 
+    def neutral_at_zero(self) -> list[Tensor]:
+        """What is all zero where the branch is neutral."""
+        return [self.heads, self.heads_bias]
+
     def forward(self, context: Tensor) -> Factors:
         hidden = F.linear(context, self.squeeze, self.squeeze_bias)
         if self.norm is not None:

@@ -95,7 +95,7 @@ def constant(make: Callable[P, T]) -> Callable[P, T]:
 @constant
 def _times(width: int, dtype: torch.dtype) -> Tensor:
     """How often each column of a half spectrum counts, `(D2h, 1)`: twice if it stands for a negative frequency, too."""
-    column = torch.arange(width // 2 + 1)
+    column = torch.arange(width // 2 + 1, dtype=torch.int64, device="cpu")
     return (2 - ((column == 0) | (2 * column == width)).to(dtype)).unsqueeze(1)
 
 
@@ -107,13 +107,14 @@ def _steps(size: int, real: bool, dtype: torch.dtype) -> list[Tensor]:
     sums over the digit `n_j` for each `(k_1, ..., k_{j-1})` and leaves `k_j` in its place. If real, the first step has
     no columns for frequencies above half, and the last one no rows for imaginary parts.
     """
-    steps, position, done = [], torch.zeros(1, dtype=torch.int64), 1
+    steps, position, done = [], torch.zeros(1, dtype=torch.int64, device="cpu"), 1
     for factor in factors(size):
-        position = position[:, None] + done * torch.arange(factor)
+        position = position[:, None] + done * torch.arange(factor, dtype=torch.int64, device="cpu")
         done *= factor
         taken = factor // 2 + 1 if real and factor == done else factor
         # Reduced in integers: a product of floats would lose the digits that count.
-        angle = (position[..., None] * torch.arange(taken) % done).double() * (2 * torch.pi / done)
+        columns = torch.arange(taken, dtype=torch.int64, device="cpu")
+        angle = (position[..., None] * columns % done).double() * (2 * torch.pi / done)
         cos, sin = angle.cos() / factor, angle.sin() / factor
         parts = [torch.cat([cos, -sin], -1), torch.cat([sin, cos], -1)]
         steps.append(torch.stack(parts[:1] if real and done == size else parts, 2).flatten(1, 2).to(dtype))

@@ -25,6 +25,7 @@ from .composite import (
 )
 from .cpu import is_plain
 from .modulation import Factors
+from .strides import owned
 from .torch_steps import spectra_scale
 
 CHUNK = 2**19
@@ -111,7 +112,7 @@ class _SampleLoop(torch.autograd.Function):
         *given, shape, conv, steps = rest
         ctx.save_for_backward(x, spectra, group, *given)
         ctx.settings = shape, conv, steps
-        return _forward(x, steps.source(spectra, group, Factors(*given), shape), conv, steps)
+        return owned(_forward(x, steps.source(spectra, group, Factors(*given), shape), conv, steps))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

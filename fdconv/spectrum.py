@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import gcd
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .real_fft import planes, real_image
 
@@ -43,12 +45,13 @@ def frequency_groups(d1: int, d2: int, kernel_num: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _frequency_groups(d1: int, d2: int, kernel_num: int) -> Tensor:
-    # A layer may be built under `torch.device("meta")` or in inference mode; what the cache keeps must be neither.
-    with torch.inference_mode(False), torch.device("cpu"):
+    # A layer may be built in inference mode or while tracing with fake tensors; what the cache keeps must be neither.
+    with _disable_current_modes(), torch.inference_mode(False):
         common = gcd(d1, d2)
-        rows = torch.arange(d1)
+        whole: Any = {"dtype": torch.int64, "device": "cpu"}
+        rows = torch.arange(d1, **whole)
         rows = torch.minimum(rows, d1 - rows) * (d2 // common)
-        columns = torch.arange(d2 // 2 + 1) * (d1 // common)
+        columns = torch.arange(d2 // 2 + 1, **whole) * (d1 // common)
         squared_radius = rows[:, None] ** 2 + columns**2
         order = torch.sort(squared_radius.flatten(), stable=True).indices
         return groups_from_order(order, kernel_num).view(d1, d2 // 2 + 1)
@@ -57,10 +60,11 @@ def _frequency_groups(d1: int, d2: int, kernel_num: int) -> Tensor:
 def groups_from_order(order: Tensor, kernel_num: int) -> Tensor:
     """Group of every coefficient, `(N,)`, from the coefficients' flat indices `(N,)` in ascending frequency."""
     larger = len(order) % kernel_num
-    sizes = torch.full((kernel_num,), len(order) // kernel_num)
+    whole: Any = {"dtype": torch.int64, "device": order.device}
+    sizes = torch.full((kernel_num,), len(order) // kernel_num, **whole)
     sizes[:larger] += 1
-    groups = torch.empty(len(order), dtype=group_dtype(kernel_num))
-    groups[order] = torch.arange(kernel_num).repeat_interleave(sizes).to(groups.dtype)
+    groups = torch.empty(len(order), dtype=group_dtype(kernel_num), device=order.device)
+    groups[order] = torch.arange(kernel_num, **whole).repeat_interleave(sizes).to(groups.dtype)
     return groups
 
 

@@ -277,7 +277,7 @@ def spectrum_backward(source: Source, to_images: Tensor, counted: Tensor, to_spe
         return None
     tables = kernel.unflatten(1, (len(to_spectra), -1))
     # The shares of the real and of the imaginary part are added up side by side, which saves a pass.
-    sums = torch.zeros(tables.shape, dtype=tables.dtype.to_complex())
+    sums = torch.zeros(tables.shape, dtype=tables.dtype.to_complex(), device=tables.device)
     for samples, rows_ in blocks(len(kernel), rows, 2 * to_scaled.shape[2]):
         own = to_scaled[samples, rows_]
         numbers = group[rows_]

@@ -183,7 +183,7 @@ def _scale_spectrum(spectra: Tensor, frequency_group: Tensor, kernel: Tensor, sc
     spectra, frequency_group, kernel = spectra.contiguous(), frequency_group.contiguous(), kernel.contiguous()
     ratio, d1, d2_half, _ = spectra.shape
     samples, size = len(kernel), d1 * d2_half * 2
-    out = torch.empty((samples, d1, d2_half, 2), device=spectra.device)
+    out = spectra.new_empty((samples, d1, d2_half, 2))
     if samples == 0:
         return out
 
@@ -209,7 +209,7 @@ def _scale_spectrum(spectra: Tensor, frequency_group: Tensor, kernel: Tensor, sc
 
 
 def _scale_spectrum_fake(spectra: Tensor, frequency_group: Tensor, kernel: Tensor, scale: float) -> Tensor:
-    return torch.empty((kernel.shape[0], *spectra.shape[1:]), device=spectra.device)
+    return spectra.new_empty((kernel.shape[0], *spectra.shape[1:]))
 
 
 def _scale_spectrum_backward(
@@ -225,8 +225,8 @@ def _scale_spectrum_backward(
     tiles = _blocks(d1, rows) * _blocks(2 * d2_half, columns)
     each = _samples_each(samples, tiles * ratio)
     chunks = _blocks(samples, each)
-    grad_spectra = torch.empty((chunks, *spectra.shape), device=spectra.device)
-    grad_kernel = torch.zeros((tiles, *kernel.shape), device=spectra.device)  # a tile writes only the groups it meets
+    grad_spectra = spectra.new_empty((chunks, *spectra.shape))
+    grad_kernel = kernel.new_zeros((tiles, *kernel.shape))  # a tile writes only the groups it meets
     with torch.cuda.device_of(spectra):
         _scale_backward_kernel[(tiles, chunks, ratio)](
             grad,
@@ -251,7 +251,7 @@ def _scale_spectrum_backward(
 def _scale_spectrum_backward_fake(
     grad: Tensor, spectra: Tensor, frequency_group: Tensor, kernel: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty(spectra.shape, device=grad.device), torch.empty(kernel.shape, device=grad.device)
+    return spectra.new_empty(spectra.shape), kernel.new_empty(kernel.shape)
 
 
 def _scale_spectrum_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -611,10 +611,10 @@ def _modulate_backward(
         (down * across, samples, positions),
     )
     partial = [
-        None if tensor is None else torch.empty(shape, device=grad.device)
+        None if tensor is None else image.new_empty(shape)
         for tensor, shape in zip(inputs, shapes, strict=True)
     ]
-    grad_image = torch.empty(image.shape, device=grad.device)
+    grad_image = image.new_empty(image.shape)
     with torch.cuda.device_of(image):
         _modulate_backward_kernel[(samples * down * across,)](
             *_contiguous(grad, image, *inputs),
