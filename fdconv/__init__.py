@@ -3,8 +3,8 @@
 from .config import FDConfig
 from .flops import LayerCost, layer_cost
 from .functional import set_backend
-from .lazy import NeutralWeightWarning, WeightReadError, strict_weight_reads
 from .layers import FDConv2d, FDLinear
+from .lazy import NeutralWeightWarning, WeightReadError, strict_weight_reads
 
 __all__ = [
     "FDConfig",

@@ -248,8 +248,8 @@ def conv2d_per_sample(
 def open_batch(batch: Any) -> bool:
     """True where what is traced must hold for other numbers of samples than the one at hand.
 
-    A convolution in groups would fix it. `torch.jit.trace` runs on real tensors, at one number of samples; ONNX keeps the
-    number of groups in the file.
+    A convolution in groups would fix it. `torch.jit.trace` runs on real tensors, at one number of samples; ONNX keeps
+    the number of groups in the file.
     """
     return torch.jit.is_tracing() or (torch.onnx.is_in_onnx_export() and not isinstance(batch, int))
 

@@ -135,8 +135,7 @@ class FrequencyDynamic(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # What a conversion does to the memory format shows on a tensor of the static weight's kind.
-        kind = {"dtype": self.dft_weight.dtype, "device": self.dft_weight.device}
-        probe = torch.empty(2, 2, 2, 2, **kind, memory_format=_format(self.channels_last))
+        probe = self.dft_weight.new_empty(2, 2, 2, 2).to(memory_format=_format(self.channels_last))
         self.channels_last = len(self._static_shape()) == 4 and is_channels_last(fn(probe))
         return super()._apply(lambda tensor: _in_rows(fn(tensor)), recurse)
 
@@ -162,24 +161,22 @@ class FrequencyDynamic(nn.Module):
         """
         if weight.shape != self._static_shape():
             raise ValueError(f"weight must have the shape {self._static_shape()}, not {tuple(weight.shape)}")
-        spectra = self._spectra_of(weight)
-        if holds_no_values(spectra) or holds_no_values(self.dft_weight):
-            return
-        largest, most = float(spectra.abs().max()), torch.finfo(self.dft_weight.dtype).max
-        if largest > most and bool(weight.isfinite().all()):
-            raise ValueError(
-                f"the spectrum of this weight reaches {largest:.3g}, and {self.dft_weight.dtype} holds numbers up to "
-                f"{most:.3g}; keep the layer in float32 or bfloat16"
-            )
-        self.dft_weight.copy_(spectra)
+        self.dft_weight.copy_(self._spectra_of(weight, self.dft_weight.dtype))
         self.filter_scale = None
 
-    def _spectra_of(self, weight: Tensor) -> Tensor:
-        """The spectra `(r, D1, D2h, 2)` to store for a static weight, in the most precise dtype."""
+    def _spectra_of(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The spectra `(r, D1, D2h, 2)` to store for a static weight."""
         # The transform runs once, so it can afford the precision that leaves the stored spectrum correctly rounded.
         exact = weight.detach().to(exact_dtype(weight.device))
         image = weight_to_image(exact.reshape(self._kernel_shape()))
-        return image_to_spectra(image, self.config.param_ratio) / self._neutral_scale()
+        spectra = image_to_spectra(image, self.config.param_ratio) / self._neutral_scale()
+        kept = spectra.to(dtype)
+        if not holds_no_values(kept) and not kept.isfinite().all() and weight.isfinite().all():
+            raise ValueError(
+                f"the spectrum of this weight reaches {float(spectra.abs().max()):.3g}, and {dtype} holds numbers up "
+                f"to {torch.finfo(dtype).max:.3g}; keep the layer in float32 or bfloat16"
+            )
+        return kept
 
     def adopt_weight(self, weight: Tensor) -> None:
         """What `layer.weight = weight` does: stand for another static weight, of the layer's own dtype.
@@ -193,13 +190,13 @@ class FrequencyDynamic(nn.Module):
         plain = weight.detach()
         if type(plain.data) is not Tensor:
             raise TypeError(
-                f"a {type(plain.data).__name__} cannot be the weight of a dynamic layer, which is computed from a spectrum: "
-                "quantise or shard other layers, or keep this one plain by a recipe"
+                f"a {type(plain.data).__name__} cannot be the weight of a dynamic layer, which is computed from a "
+                "spectrum: quantise or shard other layers, or keep this one plain by a recipe"
             )
         if plain.dtype != self.dft_weight.dtype:
             raise TypeError(
-                f"a weight of {plain.dtype} cannot be assigned to a layer of {self.dft_weight.dtype}; convert the layer, "
-                f"layer.to({plain.dtype})"
+                f"a weight of {plain.dtype} cannot be assigned to a layer of {self.dft_weight.dtype}; convert the "
+                f"layer, layer.to({plain.dtype})"
             )
         scale = None if self.is_neutral() else filter_multiple(plain, self._neutral_weight())
         if scale is not None and scale.min() != scale.max():  # a filter's factor commutes with any modulation
@@ -260,7 +257,7 @@ class FrequencyDynamic(nn.Module):
         return kept
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """Take over a plain layer's state; have a scale if the layer that was saved had one, and the bias it came with."""
+        """Take over a plain layer's state; have a scale, and the bias it came with, if the layer that was saved had."""
         if f"{prefix}weight" in state_dict and f"{prefix}dft_weight" not in state_dict:
             error = self._expect_plain(state_dict, prefix)
             if error is not None:
@@ -275,12 +272,12 @@ class FrequencyDynamic(nn.Module):
 
     @torch.no_grad()
     def _expect_plain(self, state_dict: dict[str, Tensor], prefix: str) -> str | None:
-        """Put what a neutral layer would have saved in the place of a plain layer's weight; why not, if it cannot be."""
+        """Put what a neutral layer would have saved in the place of a plain weight; why not, if it cannot be."""
         weight, shape = state_dict[f"{prefix}weight"], self._static_shape()
         if tuple(weight.shape) != shape:
             return (
-                f"size mismatch for {prefix}weight: the checkpoint has a static weight {tuple(weight.shape)}, and the dynamic "
-                f"layer stands for one of {shape}."
+                f"size mismatch for {prefix}weight: the checkpoint has a static weight {tuple(weight.shape)}, and the "
+                f"dynamic layer stands for one of {shape}."
             )
         if self.KSM_Global is not None and not isinstance(self.KSM_Global, GlobalModulation):
             return f"{prefix}weight: this model was prepared for inference and cannot be loaded into."
@@ -290,8 +287,8 @@ class FrequencyDynamic(nn.Module):
                 self.reset_modulation()
         if not self.is_neutral():
             warnings.warn(
-                f"a plain checkpoint was loaded into the dynamic layer {prefix.rstrip('.') or type(self).__name__!r}: it "
-                "computes what the checkpoint's layer does, and what its modulation had learned is gone",
+                f"a plain checkpoint was loaded into the dynamic layer {prefix.rstrip('.') or type(self).__name__!r}: "
+                "it computes what the checkpoint's layer does, and what its modulation had learned is gone",
                 stacklevel=2,
             )
         heads = {id(tensor) for tensor in self._modulation()}
@@ -299,7 +296,7 @@ class FrequencyDynamic(nn.Module):
         for name, tensor in (*self.named_parameters(), *self.named_buffers()):
             if name not in own:
                 state_dict[prefix + name] = torch.zeros_like(tensor) if id(tensor) in heads else tensor.detach()
-        state_dict[f"{prefix}dft_weight"] = self._spectra_of(state_dict.pop(f"{prefix}weight"))
+        state_dict[f"{prefix}dft_weight"] = self._spectra_of(state_dict.pop(f"{prefix}weight"), weight.dtype)
         return None
 
     def expect_scale(self, *, bias: bool) -> None:
@@ -335,7 +332,8 @@ class FrequencyDynamic(nn.Module):
 
     def _take_over(self, plain: nn.Conv2d | nn.Linear) -> None:
         """Stand for a plain layer: its weight, bias, `requires_grad` and mode. Called on a layer built on meta."""
-        self.to_empty(device=plain.weight.device)
+        if not holds_no_values(plain.weight):
+            self.to_empty(device=plain.weight.device)
         self.reset_modulation()
         self.set_weight(plain.weight)
         self.channels_last = is_channels_last(plain.weight)
@@ -468,7 +466,7 @@ class FDConv2d(FrequencyDynamic, nn.Conv2d):  # type: ignore[misc, override]  # 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, config: FDConfig = PAPER) -> FDConv2d:
         """A layer that computes what `conv` does, with its device, dtype, mode and `requires_grad`."""
-        layer = cls(**_geometry(conv), device="meta", dtype=conv.weight.dtype, config=config)
+        layer = cls(**_geometry(conv), device=_to_build_on(conv.weight), dtype=conv.weight.dtype, config=config)
         layer._take_over(conv)
         return layer
 
@@ -557,7 +555,7 @@ class FDLinear(FrequencyDynamic, nn.Linear):  # type: ignore[misc, override]
             linear.in_features,
             linear.out_features,
             linear.bias is not None,
-            device="meta",
+            device=_to_build_on(weight),
             dtype=weight.dtype,
             config=config,
         )
@@ -583,6 +581,11 @@ class FDLinear(FrequencyDynamic, nn.Linear):  # type: ignore[misc, override]
 def _geometry(conv: nn.Conv2d) -> dict[str, Any]:
     names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
     return {**{name: getattr(conv, name) for name in names}, "bias": conv.bias is not None}
+
+
+def _to_build_on(weight: Tensor) -> torch.device:
+    """Where to build a layer that is to stand for this weight: on meta, for what is drawn there costs nothing."""
+    return weight.device if holds_no_values(weight) else torch.device("meta")
 
 
 def _called(layer: nn.Module, input: fx.Proxy) -> Any:

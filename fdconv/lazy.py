@@ -1,9 +1,9 @@
 """The tensor behind a dynamic layer's `weight`: metadata now, values when they are used, and what is written is kept.
 
-Nothing of a layer *is* its static weight, which is computed from the spectrum at neutral modulation. So whoever computes
-with `layer.weight` leaves the modulation out. That is told: by a warning for each place that reads, by an error within
-`strict_weight_reads`, and by an error in places whose result would replace the layer. What is written into the weight
-goes into the spectrum.
+Nothing of a layer *is* its static weight, which is computed from the spectrum at neutral modulation. So whoever
+computes with `layer.weight` leaves the modulation out. That is told: by a warning for each place that reads, by an
+error within `strict_weight_reads`, and by an error in places whose result would replace the layer. What is written into
+the weight goes into the spectrum.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ _strict = 0
 def strict_weight_reads() -> Iterator[None]:
     """Within this context, code that computes with the `weight` of a dynamic layer raises instead of warning.
 
-    `weight` is the layer's static weight, without its modulation. Metadata (`weight.shape`, `weight.dtype`) may be read,
-    and so may the weight of layers whose modulation is neutral.
+    `weight` is the layer's static weight, without its modulation. Metadata (`weight.shape`, `weight.dtype`) may be
+    read, and so may the weight of layers whose modulation is neutral.
 
     Raises:
         WeightReadError: from the code that reads, with the place and the remedy.
@@ -133,9 +133,7 @@ def _path(frame: FrameType) -> str:
 def _reader() -> FrameType:
     """The code that reads, outside of this package and of what torch puts between."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and (
-        frame.f_code.co_filename.startswith(_HERE) or _path(frame).endswith(_PLUMBING)
-    ):
+    while frame.f_back is not None and (frame.f_code.co_filename.startswith(_HERE) or _path(frame).endswith(_PLUMBING)):
         frame = frame.f_back
     return frame
 
@@ -164,8 +162,8 @@ def _told(owner: Owner, computing: bool = True) -> None:
     if not computing or quiet or owner.is_neutral():
         return
     message = (
-        f"{_place(frame)} computes with {name} which is its static weight: the layer's modulation, which is not neutral, "
-        "is left out. Call the layer, or layer.sample_weights(x) for the weights that samples are given"
+        f"{_place(frame)} computes with {name} which is its static weight: the layer's modulation, which is not "
+        "neutral, is left out. Call the layer, or layer.sample_weights(x) for the weights that samples are given"
     )
     if _strict:
         raise WeightReadError(message)
@@ -201,8 +199,8 @@ _METADATA: set[Any] = {
         attribute.__get__
         for attribute in _named(
             Tensor,
-            "shape dtype device layout ndim is_meta is_cuda is_cpu is_sparse is_quantized itemsize nbytes requires_grad "
-            "is_leaf names is_mps is_nested is_sparse_csr is_xla is_mkldnn",
+            "shape dtype device layout ndim is_meta is_cuda is_cpu is_sparse is_quantized itemsize nbytes "
+            "requires_grad is_leaf names is_mps is_nested is_sparse_csr is_xla is_mkldnn",
         )
     ),
     *_named(
@@ -213,23 +211,28 @@ _METADATA: set[Any] = {
 } - {_getter("grad"), _getter("_base"), _getter("_grad")}
 
 _SAME_IN_TORCH = (
-    "reshape flatten unflatten ravel t transpose permute movedim moveaxis swapaxes swapdims squeeze unsqueeze select narrow "
-    "diagonal detach adjoint"
+    "reshape flatten unflatten ravel t transpose permute movedim moveaxis swapaxes swapdims squeeze unsqueeze select "
+    "narrow diagonal detach adjoint"
 )
 _VIEWS = {
     *_named(torch, _SAME_IN_TORCH),
-    *_named(Tensor, _SAME_IN_TORCH + " view unfold view_as reshape_as expand expand_as contiguous __getitem__ float double "
-    "half bfloat16"),
+    *_named(
+        Tensor,
+        _SAME_IN_TORCH + " view unfold view_as reshape_as expand expand_as contiguous __getitem__ float double "
+        "half bfloat16",
+    ),
     *map(_getter, ("data", "T", "mT", "H", "mH")),
 }
 """What may give another look at the same memory, into which somebody may write."""
 
 _OPERATORS = {f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()}
-_STRUCTURAL = set("resize_ resize_as_ set_ t_ transpose_ squeeze_ unsqueeze_ swapaxes_ swapdims_ as_strided_ rename_ detach_".split())
+_STRUCTURAL = set(
+    "resize_ resize_as_ set_ t_ transpose_ squeeze_ unsqueeze_ swapaxes_ swapdims_ as_strided_ rename_ detach_".split()
+)
 _HARMLESS = {"requires_grad_", "share_memory_"}
 _OVERWRITES = set(
-    "copy_ zero_ fill_ normal_ uniform_ exponential_ geometric_ log_normal_ cauchy_ random_ bernoulli_ mul_ div_ multiply_ "
-    "divide_ neg_ __imul__ __itruediv__".split()
+    "copy_ zero_ fill_ normal_ uniform_ exponential_ geometric_ log_normal_ cauchy_ random_ bernoulli_ mul_ div_ "
+    "multiply_ divide_ neg_ __imul__ __itruediv__".split()
 )
 """Writes whose meaning does not depend on what the static weight was, or that scale it and with it all weights."""
 
@@ -304,8 +307,8 @@ class LazyTensor(torch.Tensor):
                 return target._gradient(*args[1:])
             if func in _HOOKS:
                 raise RuntimeError(
-                    f"{name}: the weight of {_short(target._owner)} is computed, and has no gradient of its own; hang the "
-                    "hook onto the layer's dft_weight"
+                    f"{name}: the weight of {_short(target._owner)} is computed, and has no gradient of its own; hang "
+                    "the hook onto the layer's dft_weight"
                 )
             if func in _MEMORY:
                 raise RuntimeError(
@@ -366,7 +369,7 @@ class LazyTensor(torch.Tensor):
 
     def _assign(self, value: Tensor) -> None:
         if self._steps:
-            raise RuntimeError("the data of a view of a dynamic layer's weight cannot be exchanged; assign layer.weight")
+            raise RuntimeError("the data of a view of a dynamic layer's weight cannot be exchanged; assign to weight")
         _told(self._owner, computing=False)
         self._owner.adopt_weight(value)
 
@@ -444,8 +447,8 @@ def _read_when_run(weight: Tensor, modulation: list[Tensor], layer: str) -> Tens
     capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()  # where no value can be looked at
     if not capturing and any(bool(tensor.any()) for tensor in modulation):
         message = (
-            f"compiled code computes with the weight of a dynamic layer, {layer}({', '.join(map(str, weight.shape))}), which "
-            "is its static weight: the layer's modulation, which is not neutral, is left out"
+            f"compiled code computes with the weight of a dynamic layer, {layer}({', '.join(map(str, weight.shape))}), "
+            "which is its static weight: the layer's modulation, which is not neutral, is left out"
         )
         if _strict:
             raise WeightReadError(message)

@@ -31,8 +31,8 @@ def as_conv_result(y: Tensor, x: Tensor, weight_is_channels_last: bool) -> Tenso
 def contiguous(x: Tensor) -> Tensor:
     """The same values in rows, in a way that holds for what a compiled graph meets when it runs.
 
-    A tracer may think of a tensor as contiguous that is not so when the graph runs, for it is made by an operation whose
-    result keeps the strides of its input only in eager mode; a reshape would then be recorded as a view, which fails.
+    A tracer may take a tensor for contiguous that is not when the graph runs: some operations keep the strides of their
+    input in eager mode only. A reshape would then be recorded as a view, which fails.
     """
     if torch.compiler.is_compiling():
         return x.clone(memory_format=torch.contiguous_format)

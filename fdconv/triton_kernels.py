@@ -610,10 +610,7 @@ def _modulate_backward(
         (across, samples, channels_out),
         (down * across, samples, positions),
     )
-    partial = [
-        None if tensor is None else image.new_empty(shape)
-        for tensor, shape in zip(inputs, shapes, strict=True)
-    ]
+    partial = [None if tensor is None else image.new_empty(shape) for tensor, shape in zip(inputs, shapes, strict=True)]
     grad_image = image.new_empty(image.shape)
     with torch.cuda.device_of(image):
         _modulate_backward_kernel[(samples * down * across,)](

@@ -1,5 +1,7 @@
 """Swap the convolutions and FFN linears of a vision model for dynamic ones, without changing what it computes."""
 
+from fdconv import NeutralWeightWarning, WeightReadError, strict_weight_reads
+
 from .adapters import registration as _peft_registration
 from .checkpoint import load, save
 from .discovery import Site, sites
@@ -36,6 +38,7 @@ __all__ = [
     "Decision",
     "DiscoveryError",
     "FineTuningError",
+    "NeutralWeightWarning",
     "Plan",
     "PlanError",
     "Recipe",
@@ -46,6 +49,7 @@ __all__ = [
     "SurgeryError",
     "UnsupportedModelError",
     "Verification",
+    "WeightReadError",
     "apply",
     "compile_for_inference",
     "convert",
@@ -63,5 +67,6 @@ __all__ = [
     "settle_",
     "shipped_recipes",
     "sites",
+    "strict_weight_reads",
     "verify",
 ]

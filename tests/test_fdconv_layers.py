@@ -538,21 +538,6 @@ def test_weight_can_be_computed_with(kind: str) -> None:
 
 
 @both
-def test_a_models_own_initialisation_does_no_harm(kind: str) -> None:
-    layer, x = make(kind)
-    y = layer(x)
-    nn.init.normal_(layer.weight)
-    nn.init.trunc_normal_(layer.weight, std=0.02)
-    nn.init.kaiming_normal_(layer.weight)
-    layer.weight.data.normal_()
-    layer.weight.data.zero_()
-    with torch.no_grad():
-        layer.weight.mul_(2)
-        layer.weight.fill_(1)
-    assert torch.equal(layer(x), y)
-
-
-@both
 def test_conversion_carries_over_what_a_layer_is(kind: str) -> None:
     def static(**options: Any) -> nn.Module:
         return nn.Conv2d(6, 4, 3, padding=1, **options) if kind == "conv" else nn.Linear(6, 4, **options)
