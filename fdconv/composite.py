@@ -256,7 +256,7 @@ def open_batch(batch: Any) -> bool:
 
 def _shared(weight: Tensor) -> bool:
     """True for a weight that all samples share; one that is traced for a single sample may be another's of many."""
-    return weight.shape[0] == 1 and not torch.jit.is_tracing()
+    return not torch.jit.is_tracing() and weight.shape[0] == 1
 
 
 def _conv2d_by_products(
