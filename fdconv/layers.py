@@ -498,7 +498,8 @@ class FDConv2d(FrequencyDynamic, nn.Conv2d):  # type: ignore[misc, override]  # 
         return as_conv_result(y, input, self.channels_last)
 
 
-class FDLinear(FrequencyDynamic, nn.Linear):  # type: ignore[misc, override]
+# Of torch's class, whose weight is not to be quantised, for torchao to pass this one over.
+class FDLinear(FrequencyDynamic, nn.modules.linear.NonDynamicallyQuantizableLinear):  # type: ignore[misc, override]
     """Frequency dynamic linear layer in place of `nn.Linear`: `(B, ..., C_in)` to `(B, ..., C_out)`, any float dtype.
 
     The first axis is the sample, the axes between are positions and share the sample's weight; `(C_in,)` is one sample.

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from .fused_paths import choose_paths
+
 Edit = tuple[Any, Any, Any]
 """A container (dict or list), a key of it, and the value the key had before."""
 
@@ -45,10 +47,12 @@ def swapped(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> It
         seen: set[int] = set()
         for module in list(model.modules()):
             _replace_in(vars(module), replacements, edits, seen)
+        choose_paths(model)
         yield
     except BaseException:
         for container, key, value in reversed(edits):
             container[key] = value
+        choose_paths(model)
         raise
 
 
