@@ -9,29 +9,38 @@ Only data is read back: JSON and safetensors.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import os
 import tempfile
+import threading
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .errors import CheckpointError, SurgeryError, near_misses
 from .huggingface.description import Origin, describe
+from .likeness import first_difference
 from .operators import get_operator, operator_of
 from .planning import Plan
 from .rewrite.folded import Folded, folded_norms, is_norm
 from .rewrite.tree import swapped
-from .sources import Source, infer, rebuild
+from .sources import Source, SourceError, infer, rebuild
+from .surroundings import undisturbed
+from .wrappers import unwrapped
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
 DESCRIPTION = "fdsurgery.json"
+METADATA = "fdsurgery"
+"""The entry of a safetensors file's metadata that holds the layers' settings."""
 
 
 def save(model: nn.Module, folder: str | Path, *, source: Source | None = None, plan: Plan | None = None) -> Path:
@@ -49,15 +58,16 @@ def save(model: nn.Module, folder: str | Path, *, source: Source | None = None, 
     Raises:
         CheckpointError: the model has no dynamic layers, does not say how it was built, or the folder is in use.
     """
-    folder = Path(folder)
-    layers = {
-        fqn: {"operator": operator.name, "settings": operator.settings_of(layer)}
-        for fqn, layer in model.named_modules()
-        if (operator := operator_of(layer)) is not None
-    }
+    with unwrapped(model) as plain_named:
+        return _save(plain_named, Path(folder), source, plan)
+
+
+def _save(model: nn.Module, folder: Path, source: Source | None, plan: Plan | None) -> Path:
+    layers = described_layers(model)
     if not layers:
         raise CheckpointError("the model has no dynamic layers; convert it first, or save it as you would without us")
     tensors = _tensors_once(model)
+    describe(model, None if plan is None else Origin.of(plan))  # layers may have been put back by hand since
     source = infer(model) if source is None else source
     _check_source(model, source)
     if folder.exists() and not folder.is_dir():
@@ -70,18 +80,19 @@ def save(model: nn.Module, folder: str | Path, *, source: Source | None = None, 
         "source": source.to_dict(),
         "layers": layers,
         "folded": folded_norms(model),
+        "buffers": _unsaved_dtypes(model),
         "plan": None if plan is None else plan.to_dict(),
     }
     try:
         text = json.dumps(description, indent=1)
-    except TypeError as error:
-        raise CheckpointError(f"the model's source cannot be written as JSON: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the model's source cannot be written as JSON: {error}; pass source=") from None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
             fresh, old = Path(scratch) / "fresh", Path(scratch) / "old"
             fresh.mkdir()
-            save_file(tensors, str(fresh / WEIGHTS), metadata={"format": "pt"})
+            save_file(tensors, str(fresh / WEIGHTS), metadata=weights_metadata(layers))
             (fresh / DESCRIPTION).write_text(text, encoding="utf-8")
             _put_in_place(fresh, folder, old)
     except OSError as error:
@@ -105,39 +116,188 @@ def load(folder: str | Path, *, model: nn.Module | None = None, device: torch.de
     """
     folder = Path(folder)
     description = _read_description(folder)
-    if model is None:
-        model = rebuild(Source(**description["source"]))
+    with undisturbed(), _ordinary_defaults():
+        tensors = _read_weights(folder)
+        given = model is not None
+        if model is None:
+            model = _rebuilt(Source.from_dict(description["source"]), tensors, folder)
+        replacements = replacements_for(model, description["layers"], folder / DESCRIPTION, tensors)
+        replacements |= _folded(folder / DESCRIPTION, model, description.get("folded", []))
+        before = [(tensor, tensor.data, tensor.data.clone()) for _, tensor in _named_tensors(model) if given]
+        try:
+            with swapped(model, replacements):
+                full = _under_every_name(tensors, model)
+                _match_dtypes(model, full, description.get("buffers") or {})
+                model.load_state_dict(full, strict=True)
+        except (RuntimeError, NotImplementedError) as error:
+            for tensor, data, values in before:  # the caller's model is his as it was
+                tensor.data = data.copy_(values)
+            raise CheckpointError(f"{folder / WEIGHTS} does not fit the model: {_first_lines(error)}") from error
+        plan = description.get("plan")
+        recipe = plan.get("recipe") if isinstance(plan, dict) else None
+        describe(model, Origin(recipe) if isinstance(recipe, str) else None)
+        try:
+            return model.to(device).eval()
+        except (RuntimeError, AssertionError) as error:
+            raise CheckpointError(f"the model cannot be put on {device!r}: {_first_lines(error)}") from error
+
+
+def described_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The operator and settings of each dynamic layer, by its name."""
+    return {
+        fqn: {"operator": operator.name, "settings": operator.settings_of(layer)}
+        for fqn, layer in model.named_modules()
+        if (operator := operator_of(layer)) is not None
+    }
+
+
+def weights_metadata(layers: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """What a file of weights says of itself, so that it tells its layers' settings without a description beside it."""
+    return {"format": "pt", METADATA: json.dumps({"format": FORMAT, "layers": layers})}
+
+
+def replacements_for(
+    model: nn.Module, described: dict[str, Any], where: Path, tensors: dict[str, Tensor] | None = None
+) -> dict[nn.Module, nn.Module]:
+    """A dynamic layer for each plain one that is described.
+
+    Args:
+        model: what holds the layers; those that are dynamic already stay.
+        described: operator and settings by the layer's name.
+        where: the file that says so.
+        tensors: if given, layers must have the shapes of these before they get memory.
+
+    Raises:
+        CheckpointError: the model lacks a layer, or has one in its place that cannot be swapped.
+    """
     layers = dict(model.named_modules())
     replacements: dict[nn.Module, nn.Module] = {}
-    for fqn, entry in description["layers"].items():
+    for fqn, entry in described.items():
         if fqn not in layers:
+            raise CheckpointError(f"{where}: the model has no layer {fqn!r}{near_misses(fqn, layers)}")
+        layer = layers[fqn]
+        if operator_of(layer) is not None:
+            continue
+        if not isinstance(layer, (nn.Conv2d, nn.Linear)):
+            raise CheckpointError(f"{where}: {fqn!r} is a {type(layer).__name__}, not a layer that can be swapped")
+        operator, settings = get_operator(entry["operator"]), entry["settings"]
+        try:
+            if tensors is not None:
+                _check_shapes(operator.replace(copy.deepcopy(layer).to("meta"), settings), fqn, tensors)
+            replacements[layer] = operator.replace(layer, settings)
+        except Exception as error:
+            raise CheckpointError(f"{where}: {fqn!r} cannot be made dynamic: {_first_lines(error)}") from error
+    return replacements
+
+
+def _check_shapes(layer: nn.Module, fqn: str, tensors: dict[str, Tensor]) -> None:
+    for leaf, tensor in layer.state_dict().items():
+        stored = tensors.get(f"{fqn}.{leaf}", tensor)
+        if stored.shape != tensor.shape:
             raise CheckpointError(
-                f"{folder / DESCRIPTION}: the model that {description['source']['library']} builds has no layer {fqn!r}"
-                f"{near_misses(fqn, layers)}"
+                f"by its settings {leaf!r} has the shape {tuple(tensor.shape)}, and the weights hold "
+                f"{tuple(stored.shape)}, so {WEIGHTS} does not fit the model"
             )
-        if operator_of(layers[fqn]) is None:
-            replacements[layers[fqn]] = get_operator(entry["operator"]).replace(layers[fqn], entry["settings"])
-    replacements |= _folded(folder, layers, description.get("folded", []))
+
+
+@contextlib.contextmanager
+def _ordinary_defaults() -> Iterator[None]:
+    """The CPU and float32, whatever defaults the caller has set: buffers that are computed anew depend on them."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
     try:
-        with swapped(model, replacements):
-            model.load_state_dict(_under_every_name(load_file(str(folder / WEIGHTS)), model), strict=True)
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    try:
+        return load_file(str(path))
     except FileNotFoundError:
-        raise CheckpointError(f"{folder / WEIGHTS}: no such file") from None
-    except (SafetensorError, RuntimeError, OSError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise CheckpointError(f"{folder / WEIGHTS} does not fit the model: {' '.join(lines[:3])}") from error
-    plan = description.get("plan")
-    describe(model, Origin(plan.get("recipe")) if isinstance(plan, dict) else None)
-    return model.to(device).eval()
+        raise CheckpointError(f"{path}: no such file") from None
+    except Exception as error:  # a damaged header can make the reader fail in any way
+        raise CheckpointError(f"{path} is no whole safetensors file: {_first_lines(error)}") from error
 
 
-def _folded(folder: Path, layers: dict[str, nn.Module], names: list[str]) -> dict[nn.Module, nn.Module]:
+def _rebuilt(source: Source, tensors: dict[str, Tensor], folder: Path) -> nn.Module:
+    """The plain model, built only as far as there are tensors for it: a few digits of a source may ask for any size."""
+    held = sum(tensor.numel() for tensor in tensors.values())
+    allowed = (4 * len(tensors) + 1000, 4 * held + 10**6)
+    left = list(allowed)
+
+    def count(module: nn.Module, name: str, parameter: Any) -> None:
+        if isinstance(parameter, Tensor):
+            left[0] -= 1
+            left[1] -= parameter.numel()
+            if min(left) < 0:
+                raise CheckpointError(f"{folder / DESCRIPTION}: its source builds a larger model than {WEIGHTS} holds")
+
+    with _counted(count):
+        with contextlib.suppress(SourceError), torch.device("meta"):  # some builders cannot run on meta
+            rebuild(source)
+        left[:] = allowed
+        return rebuild(source)
+
+
+@contextlib.contextmanager
+def _counted(count: Callable[[nn.Module, str, Any], None]) -> Iterator[None]:
+    """Call a function with each parameter that this thread gives to a module."""
+    thread = threading.get_ident()
+
+    def hook(module: nn.Module, name: str, parameter: Any) -> None:
+        if threading.get_ident() == thread:
+            count(module, name, parameter)
+
+    handle = register_module_parameter_registration_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _match_dtypes(model: nn.Module, tensors: dict[str, Tensor], buffers: dict[str, Any]) -> None:
+    """Give each tensor of a model the type in which it was saved."""
+    wanted = {name: tensor.dtype for name, tensor in tensors.items()}
+    for name, code in buffers.items():
+        if isinstance(dtype := getattr(torch, str(code), None), torch.dtype):
+            wanted[name] = dtype
+    for name, tensor in _named_tensors(model):
+        dtype = wanted.get(name, tensor.dtype)
+        if dtype != tensor.dtype:
+            tensor.data = tensor.data.to(dtype)
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _unsaved_dtypes(model: nn.Module) -> dict[str, str]:
+    """The types of the real buffers that a state dict leaves out, where they are not the usual one."""
+    saved = model.state_dict(keep_vars=True)
+    return {
+        name: str(buffer.dtype).removeprefix("torch.")
+        for name, buffer in model.named_buffers()
+        if name not in saved and buffer.is_floating_point() and buffer.dtype != torch.float32
+    }
+
+
+def _first_lines(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3]) or type(error).__name__
+
+
+def _folded(where: Path, model: nn.Module, names: list[str]) -> dict[nn.Module, nn.Module]:
     """What stands in the place of each norm that was folded before the save."""
+    layers = dict(model.named_modules())
     for fqn in names:
         if not (fqn in layers and (isinstance(layers[fqn], Folded) or is_norm(layers[fqn]))):
             kind = f"a {type(layers[fqn]).__name__}" if fqn in layers else f"nothing{near_misses(fqn, layers)}"
             raise CheckpointError(
-                f"{folder / DESCRIPTION}: the norm {fqn!r} was folded before this save, and the model has {kind} there"
+                f"{where}: the norm {fqn!r} was folded before this save, and the model has {kind} there"
             )
     return {layers[fqn]: Folded(layers[fqn]) for fqn in names if not isinstance(layers[fqn], Folded)}
 
@@ -167,9 +327,7 @@ def _describe_the_same(fresh: Path, folder: Path) -> bool:
         ours, theirs = (_read_description(one) for one in (fresh, folder))
     except CheckpointError:
         return False
-    return all(ours[key] == theirs[key] for key in ("format", "source", "layers")) and ours.get("folded") == theirs.get(
-        "folded"
-    )
+    return all(ours.get(key) == theirs.get(key) for key in ("format", "source", "layers", "folded", "buffers"))
 
 
 def _tensors_once(model: nn.Module) -> dict[str, Tensor]:
@@ -177,7 +335,11 @@ def _tensors_once(model: nn.Module) -> dict[str, Tensor]:
     names: dict[int, str] = {}
     storages: set[int] = set()
     tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    try:
+        state = model.state_dict(keep_vars=True)
+    except RuntimeError as error:  # as of a model that was prepared for inference
+        raise CheckpointError(f"the model gives no state dict: {_first_lines(error)}") from error
+    for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"{name!r} is a {type(tensor).__name__}; only tensors can be saved")
         if tensor.is_meta:
@@ -207,32 +369,24 @@ def _check_source(model: nn.Module, source: Source) -> None:
     """Refuse a source that builds another model: found on saving it costs a moment, on loading it costs the weights."""
     if source.library == "file":
         return
-    try:
-        with torch.device("meta"):
+    with undisturbed(), _ordinary_defaults():
+        try:
+            with torch.device("meta"):
+                twin = rebuild(source)
+        except SourceError:  # some builders cannot run on meta
             twin = rebuild(source)
-    except SurgeryError:
-        raise
-    except Exception:  # some builders cannot run on meta; then there is nothing to compare without paying for a model
-        return
-    swapped_names = {fqn for fqn, layer in model.named_modules() if operator_of(layer) is not None}
-    swapped_names |= set(folded_norms(model))
-    expected = _shapes(twin, swapped_names)
-    actual = _shapes(model, swapped_names)
-    if expected != actual:
-        different = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
+        with swapped(twin, _folded(Path(f"{source.library}:{source.name}"), twin, folded_norms(model))):
+            difference = first_difference(model, twin)
+    if difference is not None:
         raise CheckpointError(
-            f"{source.library}:{source.name} with {source.arguments or 'no arguments'} builds another model than this "
-            f"one ({len(different)} tensors differ, {different[0]!r} first); pass source= with the arguments it was "
-            "built with"
+            f"{source.library}:{source.name} with {_shown(source)} builds another model than this one: {difference}; "
+            "pass source= with the arguments it was built with, or "
+            'Source("file", "models.py:build") and load it onto a model that you build'
         )
 
 
-def _shapes(model: nn.Module, without: set[str]) -> dict[str, tuple[int, ...]]:
-    return {
-        name: tuple(value.shape)
-        for name, value in model.state_dict().items()
-        if not any(name.startswith(fqn + ".") for fqn in without)
-    }
+def _shown(source: Source) -> str:
+    return "its config" if source.library == "transformers" else str(source.arguments or "no arguments")
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
@@ -241,17 +395,22 @@ def _read_description(folder: Path) -> dict[str, Any]:
         description = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no saved converted model: it has no {DESCRIPTION}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         found = description.get("format") if isinstance(description, dict) else type(description).__name__
         raise CheckpointError(f"{path}: expected format {FORMAT}, found {found!r}; a newer fdsurgery may read it")
     try:
-        Source(**description["source"])
+        Source.from_dict(description["source"])
+        if not isinstance(description["layers"], dict) or not isinstance(description.get("buffers") or {}, dict):
+            raise CheckpointError("layers and buffers are mappings by name")
         for entry in description["layers"].values():
             get_operator(entry["operator"]).settings(entry["settings"])
-        if not all(isinstance(fqn, str) for fqn in description.get("folded", [])):
-            raise TypeError("'folded' must be a list of names")
-    except (KeyError, TypeError, AttributeError, SurgeryError) as error:
+        folded = description.get("folded", [])
+        if not isinstance(folded, list) or not all(isinstance(fqn, str) for fqn in folded):
+            raise CheckpointError("'folded' must be a list of names")
+    except KeyError as error:
+        raise CheckpointError(f"{path} is damaged: it has no {error}") from None
+    except (TypeError, AttributeError, SurgeryError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     return description

@@ -16,6 +16,7 @@ from fdconv.bands import BandEdges
 
 from .errors import FineTuningError, UnsupportedModelError, near_misses
 from .recipe import Recipe, detect_recipe, load_recipe
+from .wrappers import inner_of
 
 Part = Literal["spectrum", "modulation", "other"]
 OptimizerT = TypeVar("OptimizerT", bound=torch.optim.Optimizer)
@@ -93,7 +94,7 @@ def param_groups(
         UnsupportedModelError: `layer_decay` for a model that does not tell its layers.
         ValueError: `layer_decay` is not above 0 and at most 1.
     """
-    model = _unwrapped(model)
+    model = inner_of(model)
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(detect_recipe(model)[0] if recipe == "auto" else recipe)
     scales: dict[Part, float] = {
@@ -334,16 +335,6 @@ def _initial_state(optimizer: torch.optim.Optimizer, parameters: list[nn.Paramet
     if not isinstance(optimizer, torch.optim.Adagrad) or not parameters:
         return {}
     return dict(torch.optim.Adagrad(parameters, **optimizer.defaults).state)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model.get_submodule("_orig_mod")
-        else:
-            return model
 
 
 def _joined(prefix: str | None, name: str) -> str:

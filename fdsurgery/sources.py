@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 from dataclasses import asdict, dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from .allowed import plain, timm_arguments, timm_name, torchvision_arguments, transformers_config
 from .errors import CheckpointError, SurgeryError, near_misses
 from .timm_models import SUFFIX
 
@@ -33,8 +35,21 @@ class Source:
     """Keyword arguments of the builder; for transformers, the model's config."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `Source(**source.to_dict())` gives an equal source."""
+        """Plain JSON types; `Source.from_dict` undoes it."""
         return asdict(self)
+
+    @staticmethod
+    def from_dict(data: Any) -> Source:
+        """Undo `to_dict`. Raises `CheckpointError` for data that is no source; `rebuild` looks at what it asks for."""
+        if not isinstance(data, dict) or not data.keys() <= {"library", "name", "arguments"}:
+            raise CheckpointError("a source is a mapping of library, name and arguments")
+        source = Source(data.get("library", ""), data.get("name", ""), data.get("arguments", {}))
+        if not (isinstance(source.library, str) and isinstance(source.name, str) and source.library and source.name):
+            raise CheckpointError("a source has a library and a name, both text")
+        if not isinstance(source.arguments, dict):
+            raise CheckpointError(f"a source's arguments are a mapping, not a {type(source.arguments).__name__}")
+        plain(source.arguments, "arguments of the source")
+        return source
 
 
 def build(spec: str, *, pretrained: bool) -> tuple[nn.Module, Source]:
@@ -72,20 +87,28 @@ def rebuild(source: Source) -> nn.Module:
     """Build the plain model of a saved source, with weights that mean nothing yet.
 
     Raises:
-        CheckpointError: the source is a file, whose code is not run without being asked for, or is unknown.
+        CheckpointError: the source is a file, whose code is not run without being asked for, is unknown, or asks for
+            what no file may ask for.
         SourceError: the library is missing or does not know the model.
     """
     if source.library == "timm":
-        return _create_timm(source.name, pretrained=False, **source.arguments)
+        name = timm_name(source.name).removesuffix(SUFFIX)
+        if _import("timm").get_pretrained_cfg(name) is None:
+            name = name.partition(".")[0]  # the tag is of another release; the weights are ours anyway
+        return _create_timm(name, pretrained=False, **timm_arguments(source.arguments, name))
     if source.library == "torchvision":
-        return _create_torchvision(source.name, pretrained=False, **source.arguments)
+        _import("torchvision")
+        return _create_torchvision(source.name, pretrained=False, **torchvision_arguments(source.arguments))
     if source.library == "transformers":
         transformers = _import("transformers")
         model_class: Any = getattr(transformers, source.name, None)
         if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
             raise CheckpointError(f"transformers {transformers.__version__} has no model class {source.name!r}")
-        config_class: Any = getattr(model_class, "config_class")  # noqa: B009  only its subclasses declare it
-        return model_class(config_class.from_dict(dict(source.arguments)))
+        config_class: Any = getattr(model_class, "config_class", None)
+        if config_class is None:
+            raise CheckpointError(f"transformers' {source.name} has no config of its own, and cannot be built")
+        config = transformers_config({**source.arguments, "model_type": config_class.model_type}, source.name)
+        return _loading(f"transformers:{source.name}", False, lambda: model_class(config_class.from_dict(config)))
     if source.library == "file":
         raise CheckpointError(
             f"the model was built by {source.name}, and code is not run on loading; "
@@ -103,11 +126,10 @@ def infer(model: nn.Module) -> Source:
     library = type(model).__module__.partition(".")[0]
     config: Any = getattr(model, "config", None)
     if library == "transformers" and config is not None:
-        return Source("transformers", type(model).__name__, config.to_dict())
+        return Source("transformers", type(model).__name__, transformers_config(config.to_dict(), "the model's config"))
     cfg = getattr(model, "pretrained_cfg", None)
     if library == "timm" and cfg and cfg.get("architecture"):
-        arguments = {"num_classes": model.num_classes} if hasattr(model, "num_classes") else {}
-        return Source("timm", cfg["architecture"].removesuffix(SUFFIX), arguments)
+        return Source("timm", _timm_name_of(cfg), _timm_arguments_of(model))
     raise CheckpointError(
         f"a {type(model).__name__} does not say how it was built; pass source=, a fdsurgery.Source such as "
         'Source("torchvision", "resnet50") or Source("file", "models.py:build")'
@@ -115,7 +137,49 @@ def infer(model: nn.Module) -> Source:
 
 
 def _timm(name: str, pretrained: bool) -> tuple[nn.Module, Source]:
-    return _create_timm(name, pretrained), Source("timm", name)
+    model = _create_timm(name, pretrained)
+    elsewhere = ":" in name or "/" in name  # its config is not in timm's registry
+    return model, infer(model) if elsewhere else Source("timm", name)
+
+
+def _timm_name_of(pretrained_cfg: dict[str, Any]) -> str:
+    """With the tag, by which other things than weights differ too: the number of classes, how images are prepared."""
+    name = pretrained_cfg["architecture"].removesuffix(SUFFIX)
+    tag = pretrained_cfg.get("tag")
+    tagged = f"{name}.{tag}"
+    return tagged if tag and _import("timm").get_pretrained_cfg(tagged) is not None else name
+
+
+def _timm_arguments_of(model: Any) -> dict[str, Any]:
+    """What a model was built with, as far as it can be written down; see `timm_models.factory` for who notes it."""
+    layers = _import("timm.layers")
+    arguments: dict[str, Any] = {}
+    for name, value in vars(model).get("_model_args", {}).items():
+        if isinstance(value, type):
+            value = next((known for known in _names_of(value) if _is_layer(layers, known, value)), None)
+        if value is None or name == "recipe":
+            continue
+        with contextlib.suppress(CheckpointError):
+            arguments.update(timm_arguments({name: value}, model.pretrained_cfg["architecture"].removesuffix(SUFFIX)))
+    if isinstance(getattr(model, "num_classes", None), int):  # also after reset_classifier
+        arguments["num_classes"] = model.num_classes
+    return arguments
+
+
+def _names_of(layer: type) -> tuple[str, ...]:
+    """Names by which timm may know an activation or a norm."""
+    plain = layer.__name__.lower()
+    return plain, layer.__name__
+
+
+def _is_layer(layers: Any, name: str, layer: type) -> bool:
+    for find in (layers.get_act_layer, layers.get_norm_layer):
+        try:
+            if find(name) is layer:
+                return True
+        except Exception:  # it says so in its own way where it does not know the name
+            continue
+    return False
 
 
 def _create_timm(name: str, pretrained: bool, **arguments: Any) -> nn.Module:
@@ -148,10 +212,14 @@ def _create_torchvision(name: str, pretrained: bool, frozen_norms: float | None 
     # Detection and segmentation builders load a pretrained backbone unless told not to.
     backbone = "weights_backbone" in models.get_model_builder(name).__annotations__
     weights = {"weights": "DEFAULT" if pretrained else None, **({"weights_backbone": None} if backbone else {})}
-    model = _loading(f"torchvision:{name}", pretrained, lambda: models.get_model(name, **weights, **arguments))
-    if frozen_norms is not None:
-        _freeze_norms(model.backbone.body, frozen_norms)
-    return model
+
+    def make() -> nn.Module:
+        model = models.get_model(name, **weights, **arguments)
+        if frozen_norms is not None:
+            _freeze_norms(model.backbone.body, float(frozen_norms))
+        return model
+
+    return _loading(f"torchvision:{name}", pretrained, make)
 
 
 def _freeze_norms(module: nn.Module, eps: float) -> None:
@@ -222,6 +290,8 @@ def _loading(spec: str, pretrained: bool, make: Any) -> Any:
     """Build or download; what goes wrong is told in one line."""
     try:
         return make()
+    except SurgeryError:
+        raise
     except Exception as error:
         advice = "; for random weights use --no-pretrained" if pretrained else ""
         lines = str(error).strip().splitlines() or [""]

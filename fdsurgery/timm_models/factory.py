@@ -70,7 +70,8 @@ def build(
         recipe = decided.recipe if recipe == "auto" else recipe
         surgery.apply(decided, model)
     # timm's push_to_hf_hub writes it down; a timm that does not know us refuses to build a model with it.
-    model._model_args = {"recipe": recipe}  # type: ignore[assignment]
+    noted: Any = getattr(model, "_model_args", {})
+    model._model_args = {**noted, "recipe": recipe}  # type: ignore[assignment]
     config: Any = model.pretrained_cfg
     model.register_load_state_dict_pre_hook(weights.PlainCheckpoints.of(name, config, arguments))
     config["architecture"] += SUFFIX
@@ -91,12 +92,34 @@ def _split_name(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _find_entrypoint(original: Callable[..., Any]) -> Callable[..., Any]:
     def model_entrypoint(model_name: str, *args: Any, **kwargs: Any) -> Callable[..., nn.Module]:
-        if not model_name.endswith(SUFFIX):
-            return original(model_name, *args, **kwargs)
         plain = model_name.removesuffix(SUFFIX)
-        return partial(build, plain, original(plain, *args, **kwargs))
+        entrypoint = _noting(original(plain, *args, **kwargs))
+        return entrypoint if plain == model_name else partial(build, plain, entrypoint)
 
     return model_entrypoint
+
+
+def _noting(entrypoint: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """The entry point, whose models remember what they were built with, as those of later releases of timm do."""
+
+    @wraps(entrypoint)
+    def build_and_note(**arguments: Any) -> nn.Module:
+        model = entrypoint(**arguments)
+        if isinstance(model, nn.Module):
+            noted = {name: value for name, value in arguments.items() if name not in weights.NOT_THE_MODEL}
+            model._model_args = {name: value for name, value in noted.items() if _is_constant(value)}  # type: ignore[assignment]
+        return model
+
+    return build_and_note
+
+
+def _is_constant(value: Any) -> bool:
+    """True for plain data and for classes, which a copy or a pickle of the model can hold too."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_constant, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_constant(entry) for key, entry in value.items())
+    return value is None or isinstance(value, (bool, int, float, str, type))
 
 
 def _resolve_config(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..checkpoint import DESCRIPTION, _read_description
+from ..allowed import timm_arguments, timm_name
+from ..checkpoint import DESCRIPTION, _read_description, replacements_for
 from ..errors import CheckpointError, near_misses
-from ..operators import get_operator, operator_of
+from ..operators import operator_of
 from ..rewrite.tree import swapped
 from ..sources import Source
 from . import SUFFIX
@@ -21,7 +22,15 @@ _SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source
 """Entries of a pretrained config that tell where the weights are."""
 _FOREIGN = (".npz", ".npy")
 """Files that only the plain model's own `load_pretrained` reads."""
-_NOT_THE_MODEL = ("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "cache_dir", "device", "dtype")
+NOT_THE_MODEL = (
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_model_args",
+    "cache_dir",
+    "device",
+    "dtype",
+)
 """Arguments of an entry point that say nothing of what is built, but where its weights come from and where it goes."""
 
 
@@ -48,7 +57,7 @@ class PlainCheckpoints:
             arguments: of the entry point.
         """
         config = {key: value for key, value in pretrained_cfg.items() if key not in _SOURCES}
-        kept = {key: value for key, value in arguments.items() if key not in _NOT_THE_MODEL}
+        kept = {key: value for key, value in arguments.items() if key not in NOT_THE_MODEL}
         return PlainCheckpoints(name, {**kept, "pretrained_cfg": config})
 
     def __call__(
@@ -156,13 +165,13 @@ def folder_config(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any]] | 
     """
     if not (folder / DESCRIPTION).exists() or (folder / "config.json").exists():
         return None
-    source = Source(**_read_description(folder)["source"])
+    source = Source.from_dict(_read_description(folder)["source"])
     if source.library != "timm":
         raise CheckpointError(
             f"{folder} holds a model of {source.library}, {source.name}, which timm cannot build; call "
             "fdsurgery.from_pretrained"
         )
-    name = source.name.removesuffix(SUFFIX)
+    name = timm_name(source.name).removesuffix(SUFFIX)
     registered = importlib.import_module("timm").get_pretrained_cfg(name)
     config = {} if registered is None else registered.to_dict(remove_source=True)
     config.pop("label_offset", None)  # it was applied when the weights were first loaded
@@ -171,7 +180,7 @@ def folder_config(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any]] | 
     if "num_classes" in source.arguments:
         config["num_classes"] = source.arguments["num_classes"]
     config.update(file=str(folder), source="local-dir", custom_load=False)
-    return config, name.partition(".")[0] + SUFFIX, dict(source.arguments)
+    return config, name.partition(".")[0] + SUFFIX, dict(timm_arguments(source.arguments, name))
 
 
 def put_in_layers(model: nn.Module, folder: Path) -> None:
@@ -191,10 +200,7 @@ def put_in_layers(model: nn.Module, folder: Path) -> None:
         raise CheckpointError(
             f"{folder}: the model has no layer {next(iter(described))!r}, nor any other that is named"
         )
-    replacements = {
-        layers[name]: get_operator(entry["operator"]).replace(layers[name], entry["settings"])
-        for name, entry in found.items()
-    }
+    replacements = replacements_for(model, found, folder / DESCRIPTION)
     with swapped(model, replacements):
         pass
 
