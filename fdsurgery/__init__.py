@@ -25,7 +25,7 @@ from .recipe import Recipe, load_recipe, shipped_recipes
 from .sources import Source
 from .surgery import apply, convert, restore
 from .timm_models import registration as _timm_registration
-from .verification import Verification, settle_, verify
+from .verification import LayerVerification, Verification, settle_, verify
 
 __version__ = "0.1.0"
 
@@ -38,6 +38,7 @@ __all__ = [
     "Decision",
     "DiscoveryError",
     "FineTuningError",
+    "LayerVerification",
     "NeutralWeightWarning",
     "Plan",
     "PlanError",

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import typer.core
@@ -16,6 +16,9 @@ from rich.table import Table
 
 from .errors import SurgeryError, near_misses
 from .report import kind_of, shape_of
+
+if TYPE_CHECKING:
+    from .sources import Source
 
 
 class OneMessageGroup(typer.core.TyperGroup):
@@ -93,7 +96,7 @@ def convert(
     ] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Convert a model, verify that its outputs are unchanged, and save it for fdsurgery.load."""
+    """Convert a model, verify it layer by layer and as a whole, and save it for fdsurgery.load."""
     from .checkpoint import save
     from .discovery import example_inputs
     from .planning import plan as make_plan
@@ -113,23 +116,25 @@ def convert(
         apply(made, model)
     with _working("verifying", quiet=as_json):
         checked = verify(before, model, example_inputs(model))
-    if not checked.ok:
+    if checked.changed or checked.worst is None:
         raise SurgeryError(f"{checked}; nothing was written")
     with _working("saving", quiet=as_json):
         save(model, output, source=source, plan=made)
     if as_json:
+        verification = checked.to_dict()
         report = {
             "folder": str(output),
             "swaps": len(made.swaps),
             "parameters_added": made.parameters_added,
             "multiply_adds_added": made.multiply_adds_added,
-            "relative_error": checked.relative_error,
+            "relative_error": verification["relative_error"],
+            "verification": verification,
             "plan": made.to_dict(),
         }
         print(json.dumps(report, indent=1))
     else:
-        out.print(str(checked))
-        out.print(f"saved to {output}; load it with fdsurgery.load({str(output)!r})", markup=False, highlight=False)
+        _say(str(checked))
+        _say(f"saved to {output}; load it with {_load_line(output, source)}")
 
 
 @checkpoint_app.callback()
@@ -170,7 +175,7 @@ def convert_checkpoint(
     if as_json:
         print(json.dumps(made.to_dict(), indent=1))
     else:
-        out.print(str(made), markup=False, highlight=False, soft_wrap=True)
+        _say(str(made))
     if dry_run:
         return
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
@@ -178,7 +183,7 @@ def convert_checkpoint(
         task = progress.add_task("converting", total=made.nbytes)
         carry_out(made, lambda count: progress.advance(task, count))
     if not as_json:
-        out.print(f"written to {destination}", markup=False, highlight=False)
+        _say(f"written to {destination}")
 
 
 @recipes_app.command("list")
@@ -220,27 +225,34 @@ def check_recipe(
     spec: Annotated[str | None, typer.Argument(metavar="[SPEC]", help="a model to try it on")] = None,
 ) -> None:
     """Check a recipe; a fault is told with its line. With a model: how many layers each rule means and decides."""
-    from .discovery import sites
-    from .recipe import check_rules_matched, load_recipe
+    from .planning import plan as make_plan
+    from .planning import why_nothing
+    from .recipe import load_recipe
     from .recipe.authoring import rule_matches
     from .sources import build
 
     recipe = load_recipe(_recipe(file))
-    if spec is not None:
-        with _working(f"looking at {spec}", quiet=False):
-            found = sites(build(spec, pretrained=False)[0])
-        check_rules_matched(recipe, found)
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for column in ("rule", "entry", "conditions", "means", "decides"):
-            table.add_column(column, overflow="fold", justify="right" if column in ("means", "decides") else "left")
-        for rule, means, decides in rule_matches(recipe, found):
-            table.add_row(rule.label, rule.key, rule.where.describe(), str(means), str(decides))
-        out.print(table)
-    out.print(
-        f"{file}: fine; {len(recipe.keep)} keep and {len(recipe.swap)} swap rules, inherited ones included",
-        markup=False,
-        highlight=False,
-    )
+    rules = f"{len(recipe.keep)} keep and {len(recipe.swap)} swap rules, inherited ones included"
+    if spec is None:
+        _say(f"{file}: well-formed; {rules}. Whether they fit a model shows on one: recipes check {file} SPEC")
+        return
+    with _working(f"looking at {spec}", quiet=False):
+        made = make_plan(build(spec, pretrained=False)[0], recipe)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("rule", "entry", "conditions", "means", "decides"):
+        table.add_column(column, overflow="fold", justify="right" if column in ("means", "decides") else "left")
+    idle = []
+    for rule, means, decides in rule_matches(recipe, made):
+        table.add_row(rule.label, rule.key, rule.where.describe(), str(means), str(decides))
+        idle += [rule.key] * (decides == 0)
+    out.print(table)
+    if not made.swaps:
+        raise SurgeryError(f"{file} swaps nothing in {spec}: {why_nothing(made)}")
+    _say(f"{file}: fits {spec}, {len(made.swaps)} of {len(made.sites)} sites swapped; {rules}")
+    if idle:
+        _say(
+            f"{', '.join(idle)}: decides nothing here, because no site has it or an earlier reason decided all it means"
+        )
 
 
 @recipes_app.command("new")
@@ -265,7 +277,7 @@ def new_recipe(
         output.write_text(text, encoding="utf-8")
     except OSError as error:
         raise SurgeryError(f"{output} cannot be written: {error.strerror or error}") from None
-    out.print(f"written to {output}; try it: fdsurgery plan {spec} --recipe {output}", markup=False, highlight=False)
+    _say(f"written to {output}; try it: fdsurgery plan {spec} --recipe {output}")
 
 
 @recipes_app.command("explain")
@@ -288,20 +300,16 @@ def explain_site(
     if site not in found:
         raise SurgeryError(f"{spec} has no convolution or linear layer {site!r}{near_misses(site, found)}")
     decision = found[site]
-
-    def say(text: str) -> None:
-        out.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    say(f"{site}: {kind_of(decision.site)}, {shape_of(decision.site)}, in a {decision.site.parent_class or 'model'}")
+    _say(f"{site}: {kind_of(decision.site)}, {shape_of(decision.site)}, in a {decision.site.parent_class or 'model'}")
     if decision.site.obstacle is not None:
-        say(f"it cannot be swapped: {decision.site.obstacle}")
-    for verdict in explain(chosen, decision.site):
+        _say(f"it cannot be swapped: {decision.site.obstacle}")
+    for verdict in explain(chosen, decision):
         if verdict.misses:
             said = "no: " + ", ".join(f"{key} is {has}" for key, has in verdict.misses.items())
         else:
             said = "yes, and decides" if verdict.decides else "yes, but an earlier reason decided"
-        say(f"{verdict.rule.label} {verdict.rule.key} ({verdict.rule.where.describe()}): {said}")
-    say(f"so it is {f'swapped by {decision.rule}' if decision.swap else f'kept: {decision.reason}'}")
+        _say(f"{verdict.rule.label} {verdict.rule.key} ({verdict.rule.where.describe()}): {said}")
+    _say(f"so it is {f'swapped by {decision.rule}' if decision.swap else f'kept: {decision.reason}'}")
 
 
 @recipes_app.command("schema")
@@ -347,6 +355,19 @@ def _settings(pairs: list[str] | None) -> dict[str, Any]:
 def _recipe(text: str) -> str | Path:
     """A name or a path; a file in the current folder needs no `./`."""
     return Path(text) if os.sep in text or text.endswith((".yaml", ".yml")) else text
+
+
+def _say(text: str) -> None:
+    """Print a sentence as it is: no markup, and no line breaks but its own."""
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _load_line(folder: Path, source: Source) -> str:
+    """What loads a saved model: code that built it is not run by `load`, and so is called here."""
+    if source.library != "file":
+        return f"fdsurgery.load({str(folder)!r})"
+    file, _, function = source.name.rpartition(":")
+    return f"fdsurgery.load({str(folder)!r}, model={function}()), {function} being that of {file}"
 
 
 def _working(what: str, *, quiet: bool) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,6 +152,20 @@ class Replayed:
             torch.set_autocast_cache_enabled(caches)
         warnings.warn(f"this model runs without CUDA graphs: a call cannot be recorded: {reason}", stacklevel=3)
         return None
+
+
+@contextmanager
+def without_graphs(model: nn.Module) -> Iterator[None]:
+    """Calls of a prepared model run layer by layer, so that hooks see them; no graph is recorded or replayed."""
+    replayed = model.forward
+    if not isinstance(replayed, Replayed):
+        yield
+        return
+    capture, replayed.capture = replayed.capture, None
+    try:
+        yield
+    finally:
+        replayed.capture = capture
 
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype)

@@ -30,12 +30,13 @@ def test_a_draft_is_a_recipe_for_its_model(name: str) -> None:
 
 
 def test_each_rule_says_how_many_sites_it_means_and_decides() -> None:
-    sites = fdsurgery.sites(CASES["timm resnet18"].build())
     recipe = parse_recipe(
         "keep: [{name: 'layer4.*', because: x}]\n"
-        "swap: [{where: {kernel_size: 3}}, {where: {role: [spatial, shortcut]}}, {where: {kernel_size: 5}}]"
+        "swap: [{where: {kernel_size: 3}}, {where: {role: [spatial, shortcut]}}, "
+        "{where: {kernel_size: 5}, optional: true}]"
     )
-    counts = [(means, decides) for _, means, decides in rule_matches(recipe, sites)]
+    plan = fdsurgery.plan(CASES["timm resnet18"].build(), recipe)
+    counts = [(means, decides) for _, means, decides in rule_matches(recipe, plan)]
     assert counts == [(5, 5), (16, 12), (19, 2), (0, 0)]
 
 
@@ -43,7 +44,7 @@ def test_an_explanation_agrees_with_the_plan() -> None:
     for name in ("timm resnet18", "timm ghostnet (no recipe of its own)"):
         plan = fdsurgery.plan(CASES[name].build())
         for decision in plan.decisions:
-            deciding = [v.rule.label for v in explain(load_recipe(plan.recipe), decision.site) if v.decides]
+            deciding = [v.rule.label for v in explain(load_recipe(plan.recipe), decision) if v.decides]
             assert deciding == ([decision.rule] if decision.rule else [])
 
 
@@ -76,7 +77,7 @@ def test_commands_of_authors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "mine.yaml exists" in invoke("recipes", "new", "timm:resnet18", "-o", "mine.yaml", code=2)
     assert invoke("recipes", "new", "timm:resnet18") == Path("mine.yaml").read_text(encoding="utf-8")
     assert "role spatial" in invoke("recipes", "check", "mine.yaml", "timm:resnet18")
-    assert "no site of this model has role shortcut" in invoke(
+    assert "no site of this model has role spatial" in invoke(
         "recipes", "check", "mine.yaml", "timm:vit_tiny_patch16_224", code=2
     )
     said = invoke("recipes", "explain", "timm:resnet18", "--site", "layer2.0.downsample.0")

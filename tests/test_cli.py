@@ -56,11 +56,30 @@ def test_plan_prints_a_table_or_json() -> None:
 def test_convert_verifies_and_saves_what_load_reads(tmp_path: Path) -> None:
     folder = tmp_path / "saved"
     text = invoke("convert", "timm:resnet18", "-o", str(folder), "--no-pretrained")
-    assert "outputs unchanged" in text
+    assert "16 of 16 agree layer by layer" in text and f"load it with fdsurgery.load({str(folder)!r})" in text
+    assert "16 of 16 swapped layers do not influence the outputs: comparing the outputs proves nothing" in text
+    assert "unchanged" not in text, "the last norm of each block is zero"
     report = json.loads(invoke("convert", "timm:resnet18", "-o", str(folder), "--no-pretrained", "--json"))
     assert report["swaps"] == 16 and report["relative_error"] < 1e-5
+    assert report["verification"]["ok"] and report["verification"]["layers_compared"] == 16
+    assert 0 < report["verification"]["worst_layer"]["relative_error"] < 1e-5
     model = fdsurgery.load(folder)
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
+
+
+def test_convert_writes_nothing_where_a_layer_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    apply = fdsurgery.apply
+
+    def wrong(plan: fdsurgery.Plan, model: torch.nn.Module) -> torch.nn.Module:
+        apply(plan, model)
+        with torch.no_grad():
+            model.get_submodule("layer4.0.conv1").dft_weight.mul_(3)
+        return model
+
+    monkeypatch.setattr("fdsurgery.surgery.apply", wrong)
+    text = invoke("convert", "timm:test_resnet", "-o", str(tmp_path / "saved"), "--no-pretrained", code=2)
+    assert "layers CHANGED: 1 of 9 differ" in text and "'layer4.0.conv1'" in text and "nothing was written" in text
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_local_transformers_folder_is_a_source(tmp_path: Path) -> None:
@@ -74,7 +93,8 @@ def test_a_local_transformers_folder_is_a_source(tmp_path: Path) -> None:
 
 def test_a_python_file_is_a_source(model_file: Path) -> None:
     assert "2 of 4 sites swapped" in invoke("plan", "models.py:build")
-    invoke("convert", "models.py:build", "-o", "saved")
+    text = invoke("convert", "models.py:build", "-o", "saved")
+    assert "load it with fdsurgery.load('saved', model=build()), build being that of models.py" in text
     plain = fdsurgery.sources.build("models.py:build", pretrained=False)[0]
     assert fdsurgery.verify(plain, fdsurgery.load("saved", model=plain), torch.randn(1, 3, 32, 32)).ok
 
@@ -90,7 +110,24 @@ def test_recipes_are_listed_shown_and_checked(tmp_path: Path) -> None:
     assert all(name in invoke("recipes", "list") for name in names)
     shown = invoke("recipes", "show", "resnet")
     (tmp_path / "mine.yaml").write_text(shown)
-    assert "fine" in invoke("recipes", "check", str(tmp_path / "mine.yaml"))
+    text = invoke("recipes", "check", str(tmp_path / "mine.yaml"))
+    assert "well-formed" in text and "fine" not in text and "recipes check" in text
+    assert "fits timm:test_resnet, 9 of 16 sites" in invoke("recipes", "check", "resnet", "timm:test_resnet")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message", "code"),
+    [
+        ("delegate: {backbone: auto}\nswap: [{where: {kernel_size: 3}}]", "this model has no such part", 2),
+        ("keep: [{name: '*', because: x}]\nswap: [{where: {kernel_size: 3}}]", "swaps nothing in timm:test_resnet", 2),
+        ("swap: [{where: {kernel_size: 5}}]", "no site of this model has kernel_size 5", 2),
+        ("swap:\n- where: {kernel_size: 3}\n- where: {role: spatial}", "swap[1]: decides nothing here", 0),
+    ],
+)
+def test_a_recipe_is_checked_by_what_plan_makes_of_it(tmp_path: Path, recipe: str, message: str, code: int) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(recipe)
+    assert message in invoke("recipes", "check", str(file), "timm:test_resnet", code=code)
 
 
 @pytest.mark.parametrize(

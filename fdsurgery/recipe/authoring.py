@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ..discovery.site import Site
 from .library import recipe_family
 from .rules import KeepRule, Recipe, SwapRule
+
+if TYPE_CHECKING:
+    from ..planning import Decision, Plan
 
 MODELINE = "# yaml-language-server: $schema=recipe.schema.json"
 """Makes editors check and complete a recipe; the schema is what `fdsurgery recipes schema` prints."""
@@ -39,21 +43,22 @@ class Verdict:
     """True for the one rule that decided."""
 
 
-def explain(recipe: Recipe, site: Site) -> Iterator[Verdict]:
-    """What each rule of a recipe says of a site, in the order in which they are asked."""
-    open_ = site.obstacle is None
+def explain(recipe: Recipe, decision: Decision) -> Iterator[Verdict]:
+    """What each rule of a recipe says of a site, in the order in which they are asked, and which one the plan names."""
+    open_ = True
     for rule in recipe.rules:
-        misses = rule.where.misses(site)
-        yield Verdict(rule, misses, open_ and not misses)
-        open_ = open_ and bool(misses)
+        misses = rule.where.misses(decision.site)
+        decides = open_ and not misses and rule.label == decision.rule
+        yield Verdict(rule, misses, decides)
+        open_ = open_ and not decides
 
 
-def rule_matches(recipe: Recipe, sites: Sequence[Site]) -> Iterator[tuple[KeepRule | SwapRule, int, int]]:
-    """For each rule: how many sites it means, and how many of them it decides."""
+def rule_matches(recipe: Recipe, plan: Plan) -> Iterator[tuple[KeepRule | SwapRule, int, int]]:
+    """For each rule: how many sites it means, and how many of them it decides in a plan by this recipe."""
     matched: Counter[int] = Counter()
     decided: Counter[int] = Counter()
-    for site in sites:
-        for position, verdict in enumerate(explain(recipe, site)):
+    for decision in plan.decisions:
+        for position, verdict in enumerate(explain(recipe, decision)):
             matched[position] += not verdict.misses
             decided[position] += verdict.decides
     for position, rule in enumerate(recipe.rules):
