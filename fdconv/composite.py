@@ -65,7 +65,7 @@ def sample_weights(spectra: Tensor, frequency_group: Tensor, factors: Factors, s
         image = real_image(_scaled_planes(spectra, frequency_group, factors.kernel, shape), shape.width)
     else:
         scaled = scaled_spectra(spectra, frequency_group, factors.kernel, shape.scale)
-        if scaled.shape[0] == 0 and not torch.jit.is_tracing():  # of which torch takes no transform
+        if not torch.jit.is_tracing() and scaled.shape[0] == 0:  # of which torch takes no transform
             return spectra.new_zeros(0, shape.out_channels, shape.in_channels, *shape.kernel_size)
         image = torch.fft.irfft2(scaled, s=_size(shape))
     # Input channels last: there the factors broadcast along contiguous memory, and a 3x3 kernel's three columns do not.
@@ -85,12 +85,12 @@ def scaled_spectra(spectra: Tensor, frequency_group: Tensor, kernel: Tensor | No
     """The spectra scaled group by group and summed over `r`: `(B, D1, D2h)`, complex."""
     if kernel is None:
         return torch.view_as_complex(spectra.sum(0, keepdim=True) * scale)
-    kernel = kernel.unflatten(1, (len(spectra), -1)) * scale
+    kernel = kernel.unflatten(1, (spectra.shape[0], -1)) * scale
     # index_select takes no uint8, and `kernel[..., frequency_group]` would read uint8 as a mask.
     # One entry for the real and one for the imaginary part: a factor broadcast over a last axis of two is slow.
     index = frequency_group.flatten().int().repeat_interleave(2)
     scaled = spectra * kernel.index_select(2, index).view(*kernel.shape[:2], *spectra.shape[1:])
-    return torch.view_as_complex(scaled[:, 0] if len(spectra) == 1 else scaled.sum(1))
+    return torch.view_as_complex(scaled[:, 0] if spectra.shape[0] == 1 else scaled.sum(1))
 
 
 def _scaled_planes(spectra: Tensor, frequency_group: Tensor, kernel: Tensor | None, shape: WeightShape) -> Tensor:

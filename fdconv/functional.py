@@ -89,7 +89,7 @@ def frequency_dynamic(
         x = x.to(dtype)
     backend = _backend if backend is None else _known(backend)
     with without_autocast(x.device), Explained(x, shape):
-        if x.shape[0] == 0 and not torch.jit.is_tracing():
+        if not torch.jit.is_tracing() and x.shape[0] == 0:
             return _of_no_samples(x, spectra, frequency_group, factors, shape, conv, dtype)
         if _triton_serves(x, spectra, backend):
             make = partial(_triton_weights, frequency_group=frequency_group, shape=shape, dtype=dtype)
@@ -101,7 +101,7 @@ def frequency_dynamic(
             make = partial(_torch_weights, frequency_group=frequency_group, shape=shape, dtype=dtype)
             convolve = per_sample
         # In the layer's dtype, so that an input of another one is refused as PyTorch's own layers refuse it.
-        if x.dtype == dtype and factors.batch > 1 and torch.is_grad_enabled() and not is_transformed():
+        if x.dtype == dtype and torch.is_grad_enabled() and not is_transformed() and factors.batch > 1:
             recomputed: Tensor = _Recomputed.apply(make, convolve, conv, x, spectra, *factors)  # type: ignore[no-untyped-call]
             return recomputed
         return convolve(x, make(spectra, *factors), conv)
