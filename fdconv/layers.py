@@ -388,6 +388,11 @@ class FrequencyDynamic(nn.Module):
 
     def _apply_weights(self, context: Tensor, x: Tensor, conv: Convolution | None) -> Tensor:
         """Convolve with the weights that the context gives each sample, or multiply without a `Convolution`."""
+        if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+            raise RuntimeError(
+                "a model with dynamic layers cannot be exported by torch.onnx.export(..., dynamo=False), whose operators do "
+                "not suffice: use torch.onnx.export(model, args, file, dynamo=True, dynamic_shapes=({0: 'batch'},))"
+            )
         with without_autocast(context.device):
             spectra, factors = self._spectra(), self._factors(context)
         y = frequency_dynamic(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
+import io
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -479,6 +480,15 @@ def test_a_traced_layer_takes_other_numbers_of_samples(kind: str) -> None:
         traced = torch.jit.trace(layer, (image(kind, batch),))
         for other in (1, 2, 4):
             assert_same({"y": traced(image(kind, other)).detach()}, {"y": layer(image(kind, other)).detach()}, 2e-5)
+
+
+@pytest.mark.parametrize("kind", ["3x3", "linear"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_older_onnx_exporter_is_refused_in_one_sentence(kind: str, batch: int) -> None:
+    pytest.importorskip("onnx")
+    _, layer = pair(kind)
+    with pytest.raises(RuntimeError, match="dynamo=True, dynamic_shapes"):
+        torch.onnx.export(layer.eval(), (image(kind, batch),), io.BytesIO(), dynamo=False)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
