@@ -18,6 +18,7 @@ from .errors import (
 from .finetune import freeze, optimizer_after_surgery, param_groups
 from .huggingface import registration as _registration
 from .inference import compile_for_inference
+from .integrations import ultralytics as _ultralytics
 from .norms import fuse_norms
 from .planning import Decision, Plan, plan
 from .pretrained import from_pretrained, save_pretrained
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 _registration.register()
 _timm_registration.register()
 _peft_registration.register()
+_ultralytics.register()
 
 __all__ = [
     "CheckpointError",

@@ -19,6 +19,7 @@ from .discovery.observe import Observation, observe
 from .discovery.site import Site
 from .discovery.trace import TracedBy
 from .errors import PlanError, RecipeError, near_misses
+from .integrations.ultralytics import network_of
 from .operators import get_operator
 from .recipe import Recipe, check_rules_matched, detect_recipe, load_recipe, matches_any
 from .rewrite.supported import refuse_unsupported
@@ -182,7 +183,8 @@ def plan(
     """Decide for every site of a model whether to swap it. The model is not touched.
 
     Args:
-        model: any vision model. It is observed in one forward of a copy, on meta tensors if that works.
+        model: any vision model. It is observed in one forward of a copy, on meta tensors if that works. Of Ultralytics'
+            `YOLO(...)`, the network that it holds.
         recipe: `auto` to recognise the family (else `generic`), a shipped recipe's name, a YAML file, or a `Recipe`.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments for one forward; needed
             only where they cannot be told from the model.
@@ -197,6 +199,7 @@ def plan(
         DiscoveryError: the model could not be run; pass `example_inputs`.
         UnsupportedModelError: the model is wrapped, compiled, quantised or scripted.
     """
+    model = network_of(model)
     refuse_unsupported(model)
     name, recognised = str(recipe), "named by the caller"
     if recipe == "auto":

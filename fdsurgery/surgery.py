@@ -10,6 +10,7 @@ from torch import fx, nn
 from .discovery import observe
 from .errors import PlanError, RewriteError, UnsupportedModelError, near_misses
 from .huggingface.description import Origin, describe
+from .integrations.ultralytics import network_of
 from .operators import get_operator, operator_of
 from .planning import Decision, Plan, plan, why_nothing
 from .recipe import Recipe
@@ -66,6 +67,9 @@ def apply(plan: Plan, model: nn.Module) -> nn.Module:
         RewriteError: a new layer could not be built or is never called; the model is bit for bit as it was.
         UnsupportedModelError: the model is wrapped, compiled, quantised, scripted or offloaded.
     """
+    if (network := network_of(model)) is not model:
+        apply(plan, network)
+        return model
     refuse_unsupported(model)
     if not plan.swaps:
         raise PlanError(f"the plan for {plan.model_class} swaps nothing: {why_nothing(plan)}")
@@ -97,6 +101,9 @@ def restore(model: nn.Module) -> nn.Module:
     Returns:
         The same object.
     """
+    if (network := network_of(model)) is not model:
+        restore(network)
+        return model
     refuse_unsupported(model)
     replacements: dict[nn.Module, nn.Module] = {}
     for layer in model.modules():
