@@ -199,7 +199,8 @@ class FrequencyDynamic(nn.Module):
                 f"layer, layer.to({plain.dtype})"
             )
         scale = None if self.is_neutral() else filter_multiple(plain, self._neutral_weight())
-        if scale is not None and scale.min() != scale.max():  # a filter's factor commutes with any modulation
+        uneven = scale is not None and (self.filter_scale is not None or scale.min() != scale.max())
+        if scale is not None and uneven:  # a filter's factor commutes with any modulation
             self._scale_weight(scale)
         else:
             self.set_weight(plain)

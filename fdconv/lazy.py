@@ -99,7 +99,8 @@ _REFUSED = (
 
 _FOLDS = _Refused(
     "",
-    ".*(fuse|reparam|deploy|get_equivalent|get_kernel_bias|merge_bn|absorb_bn|fold_bn|bn_fold).*",
+    "(.*_)?fuse(_.*)?|.*(reparam|deploy|get_equivalent|get_kernel_bias).*|"
+    ".*((merge|absorb|fold|fuse)_(\\w+_)?(bn|batch|norm)|bn_(merg|absorb|fold|fus)).*",
     "it would put a plain layer in this one's place, without its modulation. Norms behind dynamic layers are folded by "
     "fdsurgery.fuse_norms(model); models that reparameterise are to do so before they are converted",
 )
@@ -371,6 +372,9 @@ class LazyTensor(torch.Tensor):
         if self._steps:
             raise RuntimeError("the data of a view of a dynamic layer's weight cannot be exchanged; assign to weight")
         _told(self._owner, computing=False)
+        if isinstance(value, LazyTensor):
+            own = value._owner is self._owner  # then it is what it was, or what was written into it
+            value = value._of(value._owner._neutral_weight()) if own else value._values()
         self._owner.adopt_weight(value)
 
     def _view(self, func: Any, args: Any, kwargs: Any) -> LazyTensor | None:

@@ -103,6 +103,29 @@ def test_a_state_dict_brings_its_scale_along_and_takes_it_away(kind: str, assign
         assert list(fresh.state_dict()) == list(before)
 
 
+@pytest.mark.filterwarnings("ignore::fdconv.lazy.NeutralWeightWarning")
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_an_assigned_multiple_comes_on_top_of_a_scale(kind: str, factor: float) -> None:
+    layer, x = modulated(kind)
+    layer.scale_filters(torch.rand(20).double() + 0.5)
+    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    expected = factor * layer(x)
+    layer.weight = nn.Parameter(layer.weight.detach().clone() * factor)
+    torch.testing.assert_close(layer(x), expected)
+
+
+@torch.no_grad()
+def test_a_weight_that_was_written_to_may_be_put_back() -> None:
+    layer, x = modulated("conv without bias")
+    expected = 2 * layer(x)
+    values = layer.weight.data
+    rows = values.reshape(20, -1)
+    rows.mul_(2)
+    layer.weight.data = rows.reshape(values.shape)
+    torch.testing.assert_close(layer(x), expected)
+
+
 def test_on_meta_and_after_it() -> None:
     with torch.device("meta"):
         layer = FDConv2d(4, 8, 3, bias=False)
