@@ -303,6 +303,8 @@ def explain_site(
     _say(f"{site}: {kind_of(decision.site)}, {shape_of(decision.site)}, in a {decision.site.parent_class or 'model'}")
     if decision.site.obstacle is not None:
         _say(f"it cannot be swapped: {decision.site.obstacle}")
+    elif decision.site.caution is not None:
+        _say(f"it is swapped only by a rule that says `anyway: true`: {decision.site.caution}")
     for verdict in explain(chosen, decision):
         if verdict.misses:
             said = "no: " + ", ".join(f"{key} is {has}" for key, has in verdict.misses.items())

@@ -23,6 +23,7 @@ from .integrations.ultralytics import network_of
 from .operators import get_operator
 from .recipe import Recipe, check_rules_matched, detect_recipe, load_recipe, matches_any
 from .rewrite.supported import refuse_unsupported
+from .surroundings import undisturbed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -74,6 +75,9 @@ class Plan:
     """How the model was observed: in a forward recorded on `meta` tensors (no compute) or `real` ones, or in the graph
     of the tracer that was asked for."""
     decisions: tuple[Decision, ...]
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Layers that are no sites, since nothing can take their place (1-D, 3-D and transposed convolutions, ...): how
+    many there are of each class."""
     example_inputs: Any = field(default=None, compare=False, repr=False)
     """The caller's example inputs, used again for the check after surgery; not part of `to_dict`."""
 
@@ -129,6 +133,7 @@ class Plan:
             "recognised": self.recognised,
             "model_class": self.model_class,
             "tracer": self.tracer,
+            "left_out": self.left_out,
             "decisions": [asdict(decision) for decision in self.decisions],
         }
 
@@ -145,8 +150,9 @@ class Plan:
                 data["model_class"],
                 data["tracer"],
                 tuple(_decision_from_dict(entry) for entry in data["decisions"]),
+                dict(data.get("left_out", {})),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"the plan is damaged: {error}") from None
 
     def summary(self) -> str:
@@ -161,6 +167,13 @@ class Plan:
             f"+{self.parameters_added:,} parameters, {added} (recipe {self.recipe}: {self.recognised})"
         )
 
+    def rest(self) -> str:
+        """One line on the layers that are no sites; empty if there are none."""
+        if not self.left_out:
+            return ""
+        counts = ", ".join(f"{count} x {name}" for name, count in self.left_out.items())
+        return f"{counts}: not layers that can be swapped"
+
     def __rich__(self) -> Table:
         from .report import plan_table
 
@@ -172,6 +185,7 @@ class Plan:
         return render(self)
 
 
+@undisturbed()
 def plan(
     model: nn.Module,
     recipe: str | Path | Recipe = "auto",
@@ -199,6 +213,17 @@ def plan(
         DiscoveryError: the model could not be run; pass `example_inputs`.
         UnsupportedModelError: the model is wrapped, compiled, quantised or scripted.
     """
+    return plan_and_observation(model, recipe, example_inputs, tracer, overrides)[0]
+
+
+def plan_and_observation(
+    model: nn.Module,
+    recipe: str | Path | Recipe,
+    example_inputs: Any,
+    tracer: Literal["record"] | TracedBy,
+    overrides: dict[str, Any],
+) -> tuple[Plan, Observation]:
+    """What `plan` says, and what it saw."""
     model = network_of(model)
     refuse_unsupported(model)
     name, recognised = str(recipe), "named by the caller"
@@ -214,7 +239,8 @@ def plan(
     seen = observe(model, example_inputs, tracer)
     decisions = _decide_all(model, chosen, seen.sites, overrides)
     decisions = tuple(_with_costs(decision, model, seen) if decision.swap else decision for decision in decisions)
-    return Plan(name, recognised, type(model).__name__, seen.tracer, decisions, example_inputs)
+    made = Plan(name, recognised, type(model).__name__, seen.tracer, decisions, dict(seen.left_out), example_inputs)
+    return made, seen
 
 
 def why_nothing(plan: Plan) -> str:
@@ -268,12 +294,15 @@ def _decide(site: Site, recipe: Recipe, overrides: dict[str, Any], delegated: De
         return delegated
     for swap in recipe.swap:
         if swap.matches(site):
+            if site.caution is not None and not swap.anyway:
+                return Decision(site, site.caution, rule=swap.label)
             operator = get_operator(swap.operator)
             settings = operator.settings({**swap.settings, **overrides})
             refusal = operator.refusal(site, settings)
             if refusal is not None:
                 return Decision(site, refusal, rule=swap.label)
-            return Decision(site, swap.describe(), swap.label, swap.operator, settings)
+            told = f"{swap.describe()}; swapped anyway: {site.caution}" if site.caution else swap.describe()
+            return Decision(site, told, swap.label, swap.operator, settings)
     return Decision(site, "no rule asks for it")
 
 
@@ -331,8 +360,8 @@ def _count(module: nn.Module) -> int:
 
 def _decision_from_dict(data: dict[str, Any]) -> Decision:
     site = dict(data["site"])
-    for name in ("kernel_size", "stride", "dilation", "aliases", "input_shape"):
-        if site.get(name) is not None:
+    for name in ("kernel_size", "stride", "dilation", "padding", "aliases", "input_shape"):
+        if isinstance(site.get(name), list):
             site[name] = tuple(site[name])
     unknown = set(site) - {entry.name for entry in fields(Site)}
     if unknown:

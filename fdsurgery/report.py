@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 
 def plan_table(plan: Plan) -> Table:
     """The decision for every site, and the sum of it in the caption."""
-    table = Table(caption=plan.summary(), caption_justify="left", box=None, pad_edge=False, header_style="bold")
+    table = Table(
+        caption="\n".join(filter(None, (plan.summary(), plan.rest()))),
+        caption_justify="left",
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+    )
     table.add_column("site", overflow="fold")
     table.add_column("kind", min_width=9)
     table.add_column("shape", min_width=8)
@@ -41,7 +47,8 @@ def plan_table(plan: Plan) -> Table:
 def _why(decision: Decision) -> str:
     """The rule that swaps a site, or why it is kept and which rule says so."""
     if decision.swap:
-        return decision.rule or ""
+        anyway = f"swapped anyway: {decision.site.caution}" if decision.site.caution else ""
+        return "; ".join(filter(None, (decision.rule, anyway)))
     return decision.reason + (f" ({decision.rule})" if decision.rule else "")
 
 

@@ -7,17 +7,22 @@ from typing import Any
 
 from torch import fx, nn
 
-from .discovery import observe
+from .discovery import Observation, Site, observe
+from .discovery.record import record
+from .discovery.trace import TRACERS
+from .discovery.twin import twin_of
 from .errors import PlanError, RewriteError, UnsupportedModelError, near_misses
 from .huggingface.description import Origin, describe
 from .integrations.ultralytics import network_of
 from .operators import get_operator, operator_of
-from .planning import Decision, Plan, plan, why_nothing
+from .planning import Decision, Plan, plan_and_observation, why_nothing
 from .recipe import Recipe
 from .rewrite.supported import refuse_unsupported
 from .rewrite.tree import swapped
+from .surroundings import undisturbed
 
 
+@undisturbed()
 def convert(
     model: nn.Module,
     recipe: str | Path | Recipe = "auto",
@@ -49,9 +54,10 @@ def convert(
         from .rewrite import graph  # which builds on this module
 
         return graph.convert(model, recipe, example_inputs=example_inputs, **overrides)
-    return apply(plan(model, recipe, example_inputs=example_inputs, **overrides), model)
+    return carry_out(*plan_and_observation(model, recipe, example_inputs, "record", overrides), model)
 
 
+@undisturbed()
 def apply(plan: Plan, model: nn.Module) -> nn.Module:
     """Carry out a plan, and check in one more observed forward that every new layer is in use.
 
@@ -71,12 +77,28 @@ def apply(plan: Plan, model: nn.Module) -> nn.Module:
         apply(plan, network)
         return model
     refuse_unsupported(model)
-    if not plan.swaps:
-        raise PlanError(f"the plan for {plan.model_class} swaps nothing: {why_nothing(plan)}")
+    _refuse_empty(plan)
     layers = dict(model.named_modules(remove_duplicate=False))
     for decision in plan.swaps:
         _check_fits(decision, layers)
+    tracer = next((name for name in TRACERS if name == plan.tracer), None)
+    return carry_out(plan, observe(model, plan.example_inputs, tracer or "record"), model)
+
+
+def carry_out(plan: Plan, seen: Observation, model: nn.Module) -> nn.Module:
+    """Swap what the plan says in a model that has just been observed."""
+    _refuse_empty(plan)
+    now = {name: site for site in seen.sites for name in (site.name, *site.aliases)}
+    layers = dict(model.named_modules(remove_duplicate=False))
     replacements: dict[nn.Module, nn.Module] = {}
+    for decision in plan.swaps:
+        old = layers[decision.site.name]
+        _refuse_offloaded(decision.site.name, old)
+        if difference := _difference(decision.site, now[decision.site.name]):
+            raise PlanError(
+                f"the plan no longer fits {decision.site.name!r}: {difference}; make a new plan, or keep the layer: "
+                f"plan = plan.keeping({decision.site.name!r}, because=...)"
+            )
     for decision in plan.swaps:
         assert decision.operator is not None
         old = layers[decision.site.name]
@@ -85,11 +107,12 @@ def apply(plan: Plan, model: nn.Module) -> nn.Module:
         except Exception as error:
             raise RewriteError(f"{decision.site.name}: {type(error).__name__}: {error}; nothing was changed") from error
     with swapped(model, replacements):
-        _check_in_use(model, plan)
+        _check_in_use(model, plan, seen)
     describe(model, Origin.of(plan))
     return model
 
 
+@undisturbed()
 def restore(model: nn.Module) -> nn.Module:
     """Put a plain layer back in the place of every dynamic one, with the weight it stands for at neutral modulation.
 
@@ -106,11 +129,15 @@ def restore(model: nn.Module) -> nn.Module:
         return model
     refuse_unsupported(model)
     replacements: dict[nn.Module, nn.Module] = {}
+    made: dict[nn.Module, set[str]] = {}
     for layer in model.modules():
         operator = operator_of(layer)
         if operator is not None:
-            replacements[layer] = operator.restore(layer)
-    with swapped(model, replacements):
+            plain = replacements[layer] = operator.restore(layer)
+            # What a dynamic layer consists of is what one made for the plain layer would.
+            again = operator.replace(twin_of(plain, meta=True)[0], operator.settings_of(layer))
+            made[layer] = {*vars(again), *again._parameters, *again._buffers, *again._modules}
+    with swapped(model, replacements, made):
         pass
     describe(model)
     return model
@@ -136,19 +163,59 @@ def _check_fits(decision: Decision, layers: dict[str, nn.Module]) -> None:
             f"the plan was made for another model: {site.name!r} maps {shape[1]} to {shape[0]} channels here, "
             f"{site.in_channels} to {site.out_channels} in the plan"
         )
+    _refuse_offloaded(site.name, layer)
+
+
+def _refuse_offloaded(name: str, layer: nn.Module) -> None:
     hook = getattr(layer, "_hf_hook", None)
     if hook is not None and getattr(hook, "offload", False):
         raise UnsupportedModelError(
-            f"the weights of {site.name!r} are offloaded by accelerate; load the model without offloading, convert it, "
+            f"the weights of {name!r} are offloaded by accelerate; load the model without offloading, convert it, "
             "and dispatch it afterwards"
         )
 
 
-def _check_in_use(model: nn.Module, plan: Plan) -> None:
-    calls = {site.name: site.calls for site in observe(model, plan.example_inputs).sites}
-    idle = [decision.site.name for decision in plan.swaps if not calls.get(decision.site.name)]
+def _refuse_empty(plan: Plan) -> None:
+    if not plan.swaps:
+        raise PlanError(f"the plan for {plan.model_class} swaps nothing: {why_nothing(plan)}")
+
+
+def _difference(planned: Site, now: Site) -> str | None:
+    """The first thing in which a layer is not what it was when the plan was made, in words."""
+    if now.obstacle is not None:
+        return now.obstacle
+    if now.caution is not None and planned.caution is None:
+        return now.caution
+    names = ["kernel_size", "stride", "dilation", "groups", "padding", "padding_mode"]
+    if now.layer_class not in ("Conv2d", "Linear"):  # in a graph, functional calls have become plain layers
+        names.append("layer_class")
+    for name in names:
+        if getattr(planned, name) != getattr(now, name):
+            return f"{name} was {getattr(planned, name)} in the plan and is {getattr(now, name)} here"
+    return None
+
+
+def _check_in_use(model: nn.Module, plan: Plan, seen: Observation) -> None:
+    """One more recorded forward: with the inputs that the model ran with before, every new layer is called."""
+    swapped_names = [decision.site.name for decision in plan.swaps]
+    try:
+        graph = record(model, seen.inputs, meta=seen.tracer != "real", hooks=seen.hooks)
+    except Exception as error:
+        where = getattr(error, "failed_in", "")
+        inside = [name for name in swapped_names if name == where] or [
+            name for name in swapped_names if name.startswith(f"{where}." if where else "")
+        ]
+        said = " ".join(str(error).split())[:300]
+        raise RewriteError(
+            f"after the swap the model's forward fails in {where or type(model).__name__!r}; before, it ran with the "
+            f"same inputs. It said: {type(error).__name__}: {said}. Keep what is used there in a way of its own: "
+            f"plan = plan.keeping({(inside or swapped_names)[0]!r}, because=...). The model was put back as it was"
+        ) from error
+    called = {node.target for node in graph.nodes if node.op == "call_module"}
+    idle = [name for name in swapped_names if name not in called]
     if idle:
         raise RewriteError(
             f"after the swap {len(idle)} new layer(s) are never called, {idle[0]!r} first: the model holds them in a "
-            "place that cannot be reached; keep them by a rule. The model was put back as it was"
+            f"place that cannot be reached; keep them: plan = plan.keeping({idle[0]!r}, because=...). The model was "
+            "put back as it was"
         )

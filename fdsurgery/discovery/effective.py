@@ -29,6 +29,8 @@ class Effective:
     """The layer itself if it is a plain one; else a plain one with a copy of the weight that the layer computes."""
     pads_same: bool = False
     """True if the input is padded with zeros first, by `same_padding`."""
+    verbatim: bool = True
+    """True if the weight is the layer's own as it stands, and not computed from it."""
 
 
 def same_padding(size: Sequence[int], conv: nn.Conv2d) -> list[int]:
@@ -48,50 +50,166 @@ def effective_layer(layer: nn.Module) -> Effective | str:
     """The plain layer that `layer` amounts to, or why there is none, in words.
 
     Args:
-        layer: an `nn.Conv2d` or `nn.Linear`, or of a class derived from one. A copy of it is called, in eval mode.
+        layer: an `nn.Conv2d` or `nn.Linear`, or of a class derived from one. If the class has a forward of its own, a
+            copy is called, more than once: in eval mode, and in training mode, where it must do the same.
     """
     assert isinstance(layer, (nn.Conv2d, nn.Linear))
-    if _is_own(layer) and not parametrize.is_parametrized(layer):
+    if is_plain(layer):
         return Effective(layer)
-    # Spectral norm, for one, takes a step whenever its weight is read in training mode.
-    with same_random_numbers(layer):
-        effective = _watched(twin_of(layer, meta=False)[0])
+    with same_random_numbers():
+        effective = _watched(_private_twin(layer), layer.weight.device)
     if isinstance(effective, Effective):
         effective.layer.train(layer.training)
     return effective
 
 
-def _watched(layer: Any) -> Effective | str:
-    if _is_own(layer):
-        return Effective(_plain(layer, layer.weight, layer.bias))
+def is_plain(layer: nn.Module) -> bool:
+    """True if a layer's class computes what `nn.Conv2d` or `nn.Linear` does, with its parameters as they stand."""
+    return _is_own(layer) and not parametrize.is_parametrized(layer)
+
+
+_MOST_FILLED = 2**22
+"""Values of a layer on the meta device that gets numbers for the probe; a larger one is only asked for its shapes."""
+
+
+def _private_twin(layer: nn.Module) -> nn.Module:
+    """A copy in eval mode that may write to its own weights, on a device that computes."""
+    count = sum(parameter.numel() for parameter in layer.parameters())
+    on_meta = any(parameter.is_meta for parameter in layer.parameters())
+    twin = twin_of(layer, meta=False)[0]
+    with torch.no_grad():
+        if on_meta and count <= _MOST_FILLED:
+            twin.to_empty(device="cpu")
+            for buffer in twin.buffers():
+                buffer.fill_(1)
+            for parameter in twin.parameters():
+                parameter.uniform_(0.5, 1.5)
+        else:
+            shared = {id(parameter) for parameter in layer.parameters()}
+            for module in twin.modules():
+                for key, held in module._parameters.items():
+                    if held is not None and id(held) in shared:
+                        module._parameters[key] = nn.Parameter(held.detach().clone(), held.requires_grad)
+    return twin
+
+
+def _watched(layer: Any, device: torch.device) -> Effective | str:
+    """What a copy of a layer, which may be spoilt, amounts to."""
     base = "nn.Conv2d" if isinstance(layer, nn.Conv2d) else "nn.Linear"
     unlike = f"its forward is not {base}'s own: {type(layer).__name__} "
+    if parametrize.is_parametrized(layer) and _is_own(layer):
+        unlike = "its weight is parametrised: it "
+    before = _members(layer)
+    xs = _probes(layer)
     try:
-        calls = [_watch(layer, x) for x in _probes(layer)]
+        calls = [_watch(layer, x) for x in xs]
     except Exception as error:
         return f"{unlike}could not be called by itself ({type(error).__name__})"
     if any(call is None for call in calls):
         return f"{unlike}does more than one convolution or product"
+    if stored := sorted(key for key, value in _members(layer).items() if before.get(key) != value):
+        if stored[0] in layer._parameters:
+            return f"{unlike}writes to its own parameters as it runs"
+        return f"{unlike}stores {stored[0]!r} on the layer as it runs, which others may read"
     (x, first), (y, second) = calls  # type: ignore[misc]
     weight, bias = first["weight"], first["bias"]
-    if not weight.is_meta and not (torch.equal(weight, second["weight"]) and weight.shape == layer.weight.shape):
-        return f"{unlike}computes its weight from the input"
+    if weight.shape != layer.weight.shape or not _same(weight, second["weight"]):
+        return f"{unlike}computes its weight from the input, or at random"
+    if not _trains_as_it_runs(layer, xs, first):
+        return f"{unlike}does something else in training than in evaluation"
+    plain = _plain(layer, weight, bias, device)
+    verbatim = weight is layer._parameters.get("weight") and bias is layer._parameters.get("bias")
+    if reason := _of_what_it_computes_from(layer, x):
+        return unlike + reason
     if isinstance(layer, nn.Linear):
-        return Effective(_plain(layer, weight, bias)) if first["input"] is x else f"{unlike}changes the input first"
+        return Effective(plain, verbatim=verbatim) if first["input"] is x else f"{unlike}changes the input first"
     if any(tuple(_pair(first[key])) != tuple(getattr(layer, key)) for key in ("stride", "dilation")):
         return f"{unlike}convolves with another stride or dilation than it says"
     if first["input"] is x and second["input"] is y:
-        conv = _plain(layer, weight, bias)
         if not isinstance(first["padding"], str):
             first["padding"] = tuple(_pair(first["padding"]))
-        conv.padding = first["padding"]
-        return Effective(conv) if conv.padding_mode == "zeros" else f"{unlike}ignores its padding mode"
+        verbatim = verbatim and layer.padding == first["padding"]
+        plain.padding = first["padding"]
+        return (
+            Effective(plain, verbatim=verbatim)
+            if plain.padding_mode == "zeros"
+            else f"{unlike}ignores its padding mode"
+        )
     padded = all(_is_padded_same(layer, given, call["input"]) for given, call in ((x, first), (y, second)))
     if padded and not any(_pair(first["padding"])):
-        conv = _plain(layer, weight, bias)
-        conv.padding = (0, 0)
-        return Effective(conv, pads_same=True)
+        verbatim = verbatim and not isinstance(layer.padding, str) and not any(layer.padding)
+        plain.padding = (0, 0)
+        return Effective(plain, pads_same=True, verbatim=verbatim)
     return f"{unlike}changes the input first"
+
+
+def _same(a: Tensor | None, b: Tensor) -> bool:
+    return a is not None and a.shape == b.shape and (a.is_meta or torch.equal(a, b))
+
+
+def _members(layer: nn.Module) -> dict[str, Any]:
+    """What shows whether a forward has left something on its layer: who the attributes are, and how long."""
+    held = {
+        key: (id(value), len(value) if isinstance(value, (list, dict, set)) else 0)
+        for key, value in vars(layer).items()
+    }
+    counted = {
+        key: (id(tensor), tensor._version) for key, tensor in (*layer.named_parameters(), *layer.named_buffers())
+    }
+    # Spectral norm takes a step of its power iteration whenever its weight is read in training mode.
+    return held | {key: value for key, value in counted.items() if not key.startswith("parametrizations.")}
+
+
+def _trains_as_it_runs(layer: Any, xs: list[Tensor], first: dict[str, Any]) -> bool:
+    """True if the layer does in training, twice over, what it does in evaluation."""
+    if _is_own(layer) and all(
+        type(part).__module__.startswith("torch.nn.utils.") for part in layer.modules() if part is not layer
+    ):
+        return True  # torch's own norms of weights: deterministic, one of them with the running estimate of a norm
+    for module in layer.modules():
+        module.__dict__["training"] = True  # not `train()`, which a class may have filled with more
+    try:
+        calls = [_watch(layer, x) for x in xs]
+    except Exception:
+        return False
+    finally:
+        for module in layer.modules():
+            module.__dict__["training"] = False
+    return all(call is not None and _same(call[1]["weight"], first["weight"]) for call in calls) and all(
+        _same(calls[0][1][key], given) if isinstance(given, Tensor) else calls[0][1][key] == given  # type: ignore[index]
+        for key, given in first.items()
+    )
+
+
+def _of_what_it_computes_from(layer: Any, x: Tensor) -> str | None:
+    """Why the weight that a class computes cannot be taken for one that learns freely."""
+    parameters = dict(layer.named_parameters())
+    own = {name: parameter for name, parameter in parameters.items() if name not in ("weight", "bias")}
+    learning = {parameter.requires_grad for name, parameter in parameters.items() if name != "bias"}
+    if len(learning) > 1:
+        return "computes its weight from parameters of which some are frozen"
+    if x.is_meta:
+        return None
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if name != "bias":
+                parameter.uniform_(0.5, 1.5)  # so that what is zero now is zero by the class and not by chance
+            parameter.requires_grad_()
+        before = {name: parameter.clone() for name, parameter in parameters.items()}
+    with torch.enable_grad():
+        call = _watch(layer, x, differentiable=True)
+    if call is None:
+        return "does more than one convolution or product"
+    made = [call[1][key] for key in ("weight", "bias") if call[1][key] is not None and call[1][key].requires_grad]
+    if any(not torch.equal(parameter, before[name]) for name, parameter in parameters.items()):
+        return "writes to its own parameters as it runs"
+    if bool((call[1]["weight"] == 0).any()):
+        return "holds some of its weight at zero, as masked convolutions do"
+    reached = torch.autograd.grad([value.sum() for value in made], list(own.values()), allow_unused=True) if own else ()
+    for name, gradient in zip(own, reached, strict=True):
+        if gradient is None:
+            return f"has a parameter {name!r} that is no part of its weight and would be lost"
+    return None
 
 
 def _is_own(layer: nn.Module) -> bool:
@@ -101,8 +219,11 @@ def _is_own(layer: nn.Module) -> bool:
     return kind.forward is base.forward and getattr(kind, "_conv_forward", None) is getattr(base, "_conv_forward", None)
 
 
-def _plain(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor | None) -> Any:
+def _plain(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor | None, device: torch.device) -> Any:
     """A plain layer of the same geometry with copies of these tensors."""
+    weight_learns = any(parameter.requires_grad for name, parameter in layer.named_parameters() if name != "bias")
+    own_bias = layer._parameters.get("bias")
+    bias_learns = weight_learns if own_bias is None else own_bias.requires_grad
     plain: nn.Conv2d | nn.Linear
     if isinstance(layer, nn.Conv2d):
         plain = nn.Conv2d(
@@ -119,10 +240,9 @@ def _plain(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor | None) ->
         )
     else:
         plain = nn.Linear(layer.in_features, layer.out_features, bias is not None, device="meta")
-    learns = any(parameter.requires_grad for parameter in layer.parameters())
-    plain.weight = nn.Parameter(weight.detach().clone(), learns)
+    plain.weight = nn.Parameter(weight.detach().clone().to(device), weight_learns)
     if bias is not None:
-        plain.bias = nn.Parameter(bias.detach().clone(), learns and bias.requires_grad)
+        plain.bias = nn.Parameter(bias.detach().clone().to(device), bias_learns)
     return plain
 
 
@@ -146,10 +266,9 @@ _ARGUMENTS: dict[Any, tuple[str, ...]] = {
 _DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
 
-@torch.no_grad()
-def _watch(layer: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Any]] | None:
+def _watch(layer: nn.Module, x: Tensor, differentiable: bool = False) -> tuple[Tensor, dict[str, Any]] | None:
     """The input, and the arguments of the only convolution or product; None if what is returned is not its result."""
-    with _Calls() as calls, without_autocast(x.device):
+    with _Calls() as calls, without_autocast(x.device), torch.set_grad_enabled(differentiable):
         result = type(layer).forward(layer, x)
     return (x, calls.seen[0][0]) if len(calls.seen) == 1 and calls.seen[0][1] is result else None
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from ..errors import DiscoveryError
 from .flow import Flow, layer_input, shape_of
 from .inputs import Inputs, guesses
-from .obstacles import find_obstacles
+from .obstacles import find_cautions, find_obstacles
 from .record import LAYERS, record
 from .roles import find_roles
 from .site import Kind, Layout, Role, Site
@@ -46,6 +47,10 @@ class Observation:
     """Number of samples that the model was called with."""
     note: str = ""
     """Why meta tensors did not do, if they did not."""
+    hooks: bool = False
+    """True if the model ran only with the hooks that hang on it."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Layers with learned weights that are of no kind that can be swapped: how many there are of each class."""
 
     @property
     def calls(self) -> dict[str, int]:
@@ -109,19 +114,21 @@ def observe(
             raise DiscoveryError(f"{name!r} has no shape yet (a lazy layer); call the model once on real inputs first")
     layers = _layers(model)
     seen: Seen
+    hooks = False
     try:
         graph, inputs, seen, note = _first_that_runs(model, example_inputs)
     except DiscoveryError:
         if not has_hooks(model):
             raise
         # Some models collect their features by hooks, and do not run without them.
-        graph, inputs, seen, note = _first_that_runs(model, example_inputs, hooks=True)
+        hooks = True
+        graph, inputs, seen, note = _first_that_runs(model, example_inputs, hooks)
     if tracer != "record":
         graph, seen = _traced(model, inputs, tracer, layers), tracer
     flow = Flow(graph, layers)
     found = _sites(model, flow)
     shapes = {name: tuple(shape_of(layer_input(call)) or () for call in flow.calls.get(name, ())) for name in layers}
-    return Observation(graph, found, inputs, seen, shapes, flow.batch, note)
+    return Observation(graph, found, inputs, seen, shapes, flow.batch, note, hooks, _left_out(model))
 
 
 def _traced(model: nn.Module, inputs: Inputs, tracer: TracedBy, layers: dict[str, nn.Module]) -> fx.Graph:
@@ -225,6 +232,20 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
     return layers
 
 
+_OTHER_LAYERS = (nn.modules.conv._ConvNd, nn.Bilinear, nn.RNNBase, nn.RNNCellBase)
+
+
+def _left_out(model: nn.Module) -> dict[str, int]:
+    """Learned layers other than sites, by class: 1-D, 3-D and transposed convolutions, recurrent layers, ..."""
+    kinds = Counter(
+        type(module).__name__
+        for module in model.modules()
+        # transformers' Conv1D is a linear layer that holds its weight the other way round.
+        if (isinstance(module, _OTHER_LAYERS) or type(module).__name__ == "Conv1D") and not isinstance(module, LAYERS)
+    )
+    return dict(kinds.most_common())
+
+
 def _sites(model: nn.Module, flow: Flow) -> tuple[Site, ...]:
     names: dict[int, list[str]] = {}
     by_name: dict[str, nn.Module] = {}
@@ -233,11 +254,12 @@ def _sites(model: nn.Module, flow: Flow) -> tuple[Site, ...]:
         by_name[name] = module
     roles = find_roles(flow)
     obstacles = find_obstacles(model, flow)
+    cautions = find_cautions(flow)
     found: list[Site] = []
     for name, module in model.named_modules():
         seen: dict[str, Any]
         if name in flow.layers:
-            seen = _seen(flow, name, *roles[name]) | {"obstacle": obstacles.get(name)}
+            seen = _seen(flow, name, *roles[name]) | {"obstacle": obstacles.get(name), "caution": cautions.get(name)}
         elif _is_scripted_layer(module):
             seen = _SCRIPTED | {"role": "linear" if module.original_name == "Linear" else "spatial"}
         else:
@@ -303,6 +325,8 @@ def _geometry(layer: Any) -> dict[str, Any]:
         "in_channels": layer.in_channels,
         "out_channels": layer.out_channels,
         "groups": layer.groups,
+        "padding": layer.padding,
+        "padding_mode": layer.padding_mode,
     } | pairs
 
 

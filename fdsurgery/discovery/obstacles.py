@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -11,6 +12,7 @@ from torch.nn.utils import parametrize
 from .effective import effective_layer
 from .flow import Flow, Node, layer_input, shape_of
 from .ops import LAYOUT
+from .values import caution_in_values, obstacle_in_values
 
 MOST_WEIGHTS = 32
 """Of one layer for one sample of the model, such as one for each frame of a video."""
@@ -37,9 +39,27 @@ def find_obstacles(model: nn.Module, flow: Flow) -> dict[str, str]:
             _of_the_layer(name, layer)
             or _of_its_weights(name, layer, owners)
             or _read_past(readers.get(name), modules)
+            or _of_its_calls(flow.calls.get(name, ()), layer)
             or _of_its_input(flow, name)
+            or _of_its_members(layer)
             or _of_its_class(layer)
+            or _of_its_values(layer)
         )
+        if reason:
+            found[name] = reason
+    return found
+
+
+def find_cautions(flow: Flow) -> dict[str, str]:
+    """For every layer that has one, the reason for which a dynamic layer in its place would change the model's meaning.
+
+    Args:
+        flow: one forward of the model.
+    """
+    found: dict[str, str] = {}
+    for name, layer in flow.layers.items():
+        weight = layer._parameters.get("weight")
+        reason = None if weight is None else caution_in_values(weight)
         if reason:
             found[name] = reason
     return found
@@ -72,6 +92,55 @@ def _of_its_weights(name: str, layer: nn.Module, owners: Mapping[int, list[str]]
         others = [other for other in owners.get(id(parameter), ()) if not other.startswith(name + ".")]
         if others:
             return f"it shares a parameter with {others[0]!r}; the two would drift apart"
+    if any(len(owners.get(id(parameter), ())) > 1 for parameter in layer.parameters()):
+        return "it holds a parameter under two names; the two would drift apart"
+    if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
+        return "its weight has hooks, which would wait for gradients that no longer come"
+    tensors = [key for key, value in vars(weight).items() if isinstance(value, Tensor) and value.dim()]
+    if tensors:
+        return f"its weight carries a tensor {tensors[0]!r} of others, which would not fit its spectrum"
+    return None
+
+
+_USUAL_MEMBERS = frozenset(
+    "__init__ __module__ __doc__ __qualname__ __annotations__ __annotate_func__ __annotations_cache__ __constants__ "
+    "__firstlineno__ __static_attributes__ __parameters__ __orig_bases__ __repr__ __weakref__ __dict__ __slots__ "
+    "forward _conv_forward reset_parameters extra_repr _get_name __abstractmethods__ _abc_impl".split()
+)
+
+
+def _of_its_members(layer: nn.Module) -> str | None:
+    """Methods of its own class, or put onto the layer, which others may call and a dynamic layer would not have."""
+    base = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    name = type(layer).__name__
+    for kind in type(layer).__mro__[: type(layer).__mro__.index(base)]:
+        if parametrize.is_parametrized(layer) and kind is type(layer):
+            continue  # what torch makes for the occasion
+        own = sorted(set(vars(kind)) - _USUAL_MEMBERS)
+        if own:
+            return f"its class {name} has {own[0]!r} of its own, which a dynamic layer would not have"
+    arguments = list(inspect.signature(type(layer).forward).parameters.values())[2:]
+    if arguments:
+        return f"its forward takes {arguments[0].name!r} besides the input"
+    for key, value in vars(layer).items():
+        if getattr(value, "__self__", None) is layer and key not in ("forward", "_old_forward"):
+            return f"a method {key!r} was put on this very layer, and would go on with its old weight"
+    return None
+
+
+def _of_its_values(layer: nn.Module) -> str | None:
+    weight = layer._parameters.get("weight")
+    return None if weight is None else obstacle_in_values(weight)
+
+
+def _of_its_calls(calls: Sequence[Node], layer: nn.Module) -> str | None:
+    for call in calls:
+        if "foreign" in call.meta:
+            return str(call.meta["foreign"])
+        given = [*call.args[1:], *(value for key, value in call.kwargs.items() if key != "input")]
+        if given:
+            name = next((key for key in call.kwargs if key != "input"), "")
+            return f"its forward is called with {f'the argument {name!r}' if name else 'more'} besides the input"
     return None
 
 

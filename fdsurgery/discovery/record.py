@@ -3,7 +3,8 @@
 A `torch.fx` graph records what code does for all inputs and so refuses much of what models do. This one records what
 one forward did: torch functions as they are called, and every `nn.Conv2d` and `nn.Linear` as a single `call_module`
 node. Whoever reads the graph needs nothing from here: each node carries `meta["shape"]` (a tuple, or None where the
-value is not one tensor), `meta["dtype"]` and `meta["fqn"]`, the module whose forward was running.
+value is not one tensor), `meta["dtype"]` and `meta["fqn"]`, the module whose forward was running. The call of a layer
+whose weight was not its own, or that ran inside a function transform, says so in `meta["foreign"]`.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def record(model: nn.Module, inputs: Inputs, *, meta: bool, hooks: bool = False)
     if meta:
         inputs = inputs.map(lambda tensor: tensor.to("meta"))
     recorder = _Recorder(twin, constants)
-    with torch.no_grad(), same_random_numbers(model), _without_compiler():
+    with torch.no_grad(), same_random_numbers(), _without_compiler():
         for path, tensor in inputs.tensors():
             recorder.place(path, tensor)
         with recorder:
@@ -84,7 +85,9 @@ class _Recorder(TorchFunctionMode):
     def _watch(self, name: str, module: nn.Module) -> None:
         """Put a wrapper around the forward of one module of the copy."""
         forward: Callable[..., Any] = module.forward
-        call = self._layer_call if isinstance(module, LAYERS) else self._module_call
+        call: Callable[..., Any] = self._module_call
+        if isinstance(module, LAYERS):
+            call = functools.partial(self._layer_call, module, dict(module._parameters))
 
         @functools.wraps(forward)
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -92,20 +95,40 @@ class _Recorder(TorchFunctionMode):
 
         module.__dict__["forward"] = watched
 
-    def _layer_call(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _layer_call(
+        self, layer: nn.Module, own: dict[str, Any], name: str, forward: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
         inputs = self._written(args), self._written(kwargs)
+        foreign = self._foreign(layer, own)
         self.paused = True
         try:
-            result = forward(*args, **kwargs)
+            with _failing_in(name):
+                result = forward(*args, **kwargs)
         finally:
             self.paused = False
-        self._emit("call_module", name, *inputs, result)
+        node = self._emit("call_module", name, *inputs, result)
+        if foreign:
+            node.meta["foreign"] = foreign
         return result
+
+    def _foreign(self, layer: nn.Module, own: dict[str, Any]) -> str | None:
+        """What is not as it seems in a call of a layer, in words."""
+        transform = torch._C._functorch.peek_interpreter_stack()
+        if transform is not None:
+            name = transform.key().name.lower()
+            return f"it is called inside a function transform (torch.{name}), where samples cannot be told apart"
+        if any(layer._parameters.get(key) is not value for key, value in own.items()):
+            return "its weight is put in from outside for the call, as by torch.func.functional_call"
+        written = [self.producers.get(value) for value in own.values() if isinstance(value, Tensor)]
+        if any(node is not None and node.op != "get_attr" for node in written):
+            return "its weight is written to by the model's forward before it is called"
+        return None
 
     def _module_call(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self.frames.append(name)
         try:
-            result = forward(*args, **kwargs)
+            with _failing_in(name):
+                result = forward(*args, **kwargs)
             # Compiled code (TorchScript, extensions) makes tensors behind our back: what a module returns comes from
             # what it was given, at least.
             unseen = [
@@ -161,18 +184,19 @@ class _Recorder(TorchFunctionMode):
         )
         return node
 
-    def _emit(self, op: str, target: Any, args: Any, kwargs: Any, value: Any) -> None:
+    def _emit(self, op: str, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
         """Write a node, and remember it as the producer of every tensor in `value`."""
         node = self._create(op, target, args, kwargs, value)
         if isinstance(value, Tensor):
             self._rewrite(value, node)
-            return
+            return node
         for key, item in _items(value):
             if isinstance(item, Tensor):
                 self._rewrite(item, self._create("call_function", operator.getitem, (node, key), {}, item))
             else:
                 for tensor in _tensors_in(item):
                     self._rewrite(tensor, node)
+        return node
 
     def _rewrite(self, tensor: Tensor, node: fx.Node) -> None:
         """From now on `tensor` holds what `node` computed."""
@@ -213,6 +237,17 @@ class _Recorder(TorchFunctionMode):
 def unseen_operation(*tensors: Any) -> None:
     """Stands in a graph for code that could not be watched."""
     raise NotImplementedError("a recorded graph is read, not run")
+
+
+@contextlib.contextmanager
+def _failing_in(name: str) -> Iterator[None]:
+    """Let an error tell the innermost module that it comes from."""
+    try:
+        yield
+    except Exception as error:
+        if not hasattr(error, "failed_in"):
+            error.failed_in = name  # type: ignore[attr-defined]
+        raise
 
 
 def _items(value: Any) -> Iterator[tuple[Any, Any]]:

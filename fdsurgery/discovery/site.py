@@ -41,6 +41,8 @@ class Site:
     stride: tuple[int, int] = (1, 1)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+    padding: tuple[int, int] | str = (0, 0)
+    padding_mode: str = "zeros"
     aliases: tuple[str, ...] = ()
     layer_class: str = ""
     """Class name of the layer itself, e.g. `Conv2d`."""
@@ -57,6 +59,9 @@ class Site:
     """Multiply-adds of the plain layer for one sample, over all its calls."""
     obstacle: str | None = None
     """Why no operator can take this layer's place, whatever the recipe says; None if nothing stands in the way."""
+    caution: str | None = None
+    """Why a dynamic layer here would change what the model means, though not at once what it computes; None if nothing
+    is known. Such a layer is kept unless the rule that asks for it says `anyway`."""
 
     @property
     def in_ffn(self) -> bool:

@@ -41,7 +41,7 @@ def trace(model: nn.Module, inputs: Inputs, tracer: TracedBy, layers: Mapping[st
     """
     twin, _ = twin_of(model, meta=True)
     on_meta = inputs.map(lambda tensor: tensor.to("meta"))
-    with same_random_numbers(model):
+    with same_random_numbers():
         match tracer:
             case "fx":
                 graph_module = fx.symbolic_trace(twin, concrete_args=_not_given(twin, inputs))

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import random
-import sys
 from collections.abc import Iterator
 from types import CellType, FunctionType
 from typing import Any
@@ -18,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from ..surroundings import random_state_kept
 
 _SMALL = 2**16
 """Parameters of up to so many values are copied: the temperatures and scales that some forwards clamp in place."""
@@ -63,21 +63,14 @@ def twin_of(model: nn.Module, *, meta: bool, hooks: bool = False) -> tuple[nn.Mo
 
 
 @contextlib.contextmanager
-def same_random_numbers(model: nn.Module) -> Iterator[None]:
+def same_random_numbers() -> Iterator[None]:
     """Give a forward fixed random numbers, and the caller his generators back as they were."""
-    devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
-    numpy = sys.modules.get("numpy")
-    python_state = random.getstate()
-    numpy_state = numpy.random.get_state() if numpy is not None else None
-    with torch.random.fork_rng(devices=sorted(device.index or 0 for device in devices)):
-        # Not `torch.manual_seed`, which seeds every device there is.
+    with random_state_kept():
+        # Not `torch.manual_seed`, which seeds every device there is, also those that nobody has used yet.
         torch.default_generator.manual_seed(0)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            if numpy is not None:
-                numpy.random.set_state(numpy_state)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(0)
+        yield
 
 
 def _rebound(function: Any, memo: dict[int, Any]) -> Any:

@@ -14,6 +14,9 @@ from ..discovery.site import Site
 from ..errors import RecipeError, RewriteError, near_misses
 from .same_padding import SameFDConv2d
 
+_PLAIN_CLASS = "_plain_class"
+"""Attribute of a layer in the place of one whose class was derived from `nn.Conv2d` or `nn.Linear`."""
+
 
 class FDConvOperator:
     """Puts `FDConv2d` in the place of convolutions and `FDLinear` in the place of linear layers."""
@@ -44,10 +47,18 @@ class FDConvOperator:
         effective = effective_layer(layer)
         if isinstance(effective, str):
             raise RewriteError(effective)
+        new: FDConv2d | FDLinear
         if isinstance(effective.layer, nn.Linear):
-            return FDLinear.from_linear(effective.layer, config)
-        kind = SameFDConv2d if effective.pads_same else FDConv2d
-        return kind.from_conv(effective.layer, config)
+            new = FDLinear.from_linear(effective.layer, config)
+        else:
+            kind = SameFDConv2d if effective.pads_same else FDConv2d
+            new = kind.from_conv(effective.layer, config)
+        weight = layer._parameters.get("weight")
+        if weight is not None:  # what is known of it holds for its spectrum: no decay, a learning rate of its own
+            vars(new.dft_weight).update(vars(weight))
+        if effective.verbatim and type(layer) not in (nn.Conv2d, nn.Linear):
+            vars(new)[_PLAIN_CLASS] = type(layer)
+        return new
 
     def owns(self, layer: nn.Module) -> bool:
         return isinstance(layer, (FDConv2d, FDLinear))
@@ -58,4 +69,7 @@ class FDConvOperator:
 
     def restore(self, layer: nn.Module) -> nn.Module:
         assert isinstance(layer, (FDConv2d, FDLinear))
-        return layer.to_conv() if isinstance(layer, FDConv2d) else layer.to_linear()
+        plain: nn.Module = layer.to_conv() if isinstance(layer, FDConv2d) else layer.to_linear()
+        vars(plain.weight).update(vars(layer.dft_weight))
+        plain.__class__ = vars(layer).get(_PLAIN_CLASS, type(plain))
+        return plain

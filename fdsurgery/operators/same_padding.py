@@ -22,5 +22,5 @@ class SameFDConv2d(FDConv2d):
 
     static_class = SameConv2d
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, same_padding(x.shape[-2:], self)))
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.pad(input, same_padding(input.shape[-2:], self)))

@@ -91,8 +91,8 @@ def draft(model: nn.Module, sites: Sequence[Site]) -> str:
     if swaps:
         lines += ["", "swap:" if any(role != "depthwise" for role in swaps) else "swap: []"]
     for role in swaps:
-        free = sum(site.obstacle is None for site in roles[role])
-        stay = f", of which {len(roles[role]) - free} cannot be swapped" if free < len(roles[role]) else ""
+        free = sum(site.obstacle is None and site.caution is None for site in roles[role])
+        stay = f", of which {len(roles[role]) - free} stay for reasons of their own" if free < len(roles[role]) else ""
         lines += [f"  # {_SWAPPED[role]}: {_examples(roles[role])}{stay}"]
         lines += [f"  {'# ' if role == 'depthwise' else ''}- where: {{role: {role}}}"]
     if "linear" in roles:

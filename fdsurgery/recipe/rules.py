@@ -48,6 +48,8 @@ class SwapRule(_Rule):
     """Name of the operator, e.g. `fdconv`."""
     settings: dict[str, Any]
     """What the rule's `with` says."""
+    anyway: bool = False
+    """True to swap also where that changes what the model means."""
 
     def describe(self) -> str:
         """The rule's conditions in words."""

@@ -63,6 +63,8 @@ class SwapEntry(_Closed):
     """What takes their place."""
     with_: dict[str, Any] = Field(default_factory=dict, alias="with")
     """Settings of the operator; the rest are its defaults."""
+    anyway: bool = False
+    """Swap also where that changes what the model means, such as in a causal decoder; see "What is kept, and why"."""
     optional: bool = False
     """The rule may match no layer."""
 
@@ -137,7 +139,9 @@ class RecipeFile(_Closed):
     def swap_rules(self, source: YamlSource) -> tuple[SwapRule, ...]:
         """The entries of `swap`, each with its place in the file."""
         return tuple(
-            SwapRule(entry.where, *_place(source, "swap", index), entry.optional, entry.operator, entry.with_)
+            SwapRule(
+                entry.where, *_place(source, "swap", index), entry.optional, entry.operator, entry.with_, entry.anyway
+            )
             for index, entry in enumerate(self.swap)
         )
 

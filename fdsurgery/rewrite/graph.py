@@ -23,9 +23,9 @@ from torch.nn import functional as F
 
 from ..discovery.site import Kind
 from ..errors import PlanError, RewriteError, SurgeryError, UnsupportedModelError
-from ..planning import plan, why_nothing
+from ..planning import plan_and_observation, why_nothing
 from ..recipe import Recipe
-from ..surgery import apply
+from ..surgery import carry_out
 from .supported import refuse_unsupported
 
 Layer = nn.Conv2d | nn.Linear
@@ -125,14 +125,14 @@ def convert(
             and every node of it are then as they were.
     """
     with _calls_as_modules(graph_module) as calls:
-        decided = plan(graph_module, recipe, example_inputs=example_inputs, **overrides)
+        decided, seen = plan_and_observation(graph_module, recipe, example_inputs, "record", overrides)
         stay = [f"{call.node.name}: {call.obstacle}" for call in calls if call.obstacle]
         if stay and not decided.swaps:
             raise PlanError(
                 f"the plan for {decided.model_class} swaps nothing: {why_nothing(decided)}; and {len(stay)} "
                 f"functional call(s) cannot be made modules, {stay[0]}"
             )
-        apply(decided, graph_module)
+        carry_out(decided, seen, graph_module)
     return graph_module
 
 

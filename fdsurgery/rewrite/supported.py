@@ -9,6 +9,13 @@ from torch.nn.parameter import is_lazy
 from ..errors import UnsupportedModelError
 
 _QUANTISED_MODULES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "bitsandbytes.", "auto_gptq.", "awq.")
+_PREPARED_MODULES = (
+    "torch.ao.nn.qat",
+    "torch.ao.nn.intrinsic.qat",
+    "torch.ao.quantization.observer",
+    "torch.ao.quantization.fake_quantize",
+    "torchao.quantization.qat.",
+)
 
 
 def refuse_unsupported(model: nn.Module) -> None:
@@ -53,6 +60,11 @@ def _quantised(model: nn.Module) -> str | None:
     for fqn, module in model.named_modules():
         if type(module).__module__.startswith(_QUANTISED_MODULES):
             return f"{fqn!r} is quantised ({type(module).__name__}); convert the full-precision model, then quantise it"
+        if type(module).__module__.startswith(_PREPARED_MODULES):
+            return (
+                f"the model was prepared for quantisation ({fqn!r} is a {type(module).__name__}), which a swap would "
+                "lose; convert the model as it was before, then prepare and quantise it"
+            )
     return None
 
 

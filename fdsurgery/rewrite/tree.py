@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.modules.module import _WrappedHook
+
+from ..discovery.effective import is_plain
 
 from .fused_paths import choose_paths
 
@@ -33,17 +37,22 @@ _HOOKS = (
 
 
 @contextmanager
-def swapped(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
+def swapped(
+    model: nn.Module,
+    replacements: Mapping[nn.Module, nn.Module],
+    made: Mapping[nn.Module, Collection[str]] | None = None,
+) -> Iterator[None]:
     """Swap modules of `model`; if the body raises, put everything back.
 
     Args:
         model: changed in place, in every parent's attributes and in plain lists, tuples and dicts that hold modules.
-        replacements: new module for each old one; hooks and foreign attributes of the old one are carried over.
+        replacements: new module for each old one; hooks and foreign members of the old one are carried over.
+        made: for each old module the names of what it was made with, which ends with it; plain layers need none.
     """
     edits: list[Edit] = []
     try:
         for old, new in replacements.items():
-            carry_over(old, new)
+            carry_over(old, new, edits, made[old] if made else ())
         seen: set[int] = set()
         for module in list(model.modules()):
             _replace_in(vars(module), replacements, edits, seen)
@@ -56,20 +65,65 @@ def swapped(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> It
         raise
 
 
-def carry_over(old: nn.Module, new: nn.Module) -> None:
-    """Give `new` the hooks of `old`, and the attributes that other libraries have put on it."""
+def carry_over(old: nn.Module, new: nn.Module, edits: list[Edit], made: Collection[str] = ()) -> None:
+    """Give `new` what others have put on `old`: hooks, attributes, members, and the parameter objects that stay.
+
+    Args:
+        old: a layer in use.
+        new: the one that takes its place.
+        edits: what is changed in dicts that both share is appended here.
+        made: names of members that `old` was made with and that end with it.
+    """
     for name in _HOOKS:
         if name in vars(old):
             vars(new)[name] = vars(old)[name]
+            _bind_hooks(vars(new)[name] or {}, old, new, edits)
     accelerate_hook = getattr(old, "_hf_hook", None)
     ours = {*vars(new), "forward", "_old_forward", "_hf_hook"}
     for name, value in vars(old).items():
-        if name not in ours and not isinstance(value, nn.Module):
+        if name not in ours and name not in made and not isinstance(value, nn.Module):
             vars(new)[name] = value
+    _carry_members(old, new, made)
+    _carry_bias(old, new)
     if accelerate_hook is not None:
         from accelerate.hooks import add_hook_to_module
 
         add_hook_to_module(new, accelerate_hook)
+
+
+def _bind_hooks(hooks: dict[Any, Any], old: nn.Module, new: nn.Module, edits: list[Edit]) -> None:
+    """Hooks that know their module know the new one; those of a parametrisation end with it."""
+    for key, hook in list(hooks.items()):
+        if not isinstance(hook, _WrappedHook):
+            continue
+        if (getattr(hook, "__module__", None) or "").startswith("torch.nn.utils."):
+            edits.append((hooks, key, hook))
+            del hooks[key]
+        elif hook.with_module and hook.module() is old:
+            edits.append((hooks, key, hook))
+            hooks[key] = _WrappedHook(hook.hook, new)
+
+
+def _carry_members(old: nn.Module, new: nn.Module, made: Collection[str]) -> None:
+    """Buffers, parameters and children that were put on a layer. What a class computes its weight from ends in it."""
+    taken = {"weight", "bias", "parametrizations", *new._parameters, *new._buffers, *new._modules}
+    registries = ("_buffers", "_parameters", "_modules") if made or is_plain(old) else ("_buffers",)
+    for registry in registries:
+        for name, value in getattr(old, registry).items():
+            if name not in taken and name not in made:
+                getattr(new, registry)[name] = value
+                if name in old._non_persistent_buffers_set:
+                    new._non_persistent_buffers_set.add(name)
+
+
+def _carry_bias(old: nn.Module, new: nn.Module) -> None:
+    """The bias, which a swap does not change, stays the same object: with its hooks, and for its optimizer."""
+    bias, copied = old._parameters.get("bias"), new._parameters.get("bias")
+    if bias is None or copied is None or bias.is_inference():
+        return
+    like = (bias.shape, bias.dtype, bias.device) == (copied.shape, copied.dtype, copied.device)
+    if like and (bias.is_meta or torch.equal(bias, copied)):
+        new._parameters["bias"] = bias
 
 
 def _replace_in(
