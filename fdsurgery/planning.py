@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import nn
 
 from fdconv import FDConv2d, FDLinear, layer_cost
 
-from .discovery.effective import effective_layer, same_padding
+from .discovery.effective import same_padding
 from .discovery.observe import Observation, observe
 from .discovery.site import Site
 from .discovery.trace import TracedBy
@@ -321,33 +320,28 @@ def _with_costs(decision: Decision, model: nn.Module, seen: Observation) -> Deci
     return replace(
         decision,
         parameters_added=_count(new) - _count(layer),
-        multiply_adds_by_component=_multiply_adds_added(new, layer, seen.input_shapes[site.name], seen.batch),
+        multiply_adds_by_component=_multiply_adds_added(new, layer, site, seen),
     )
 
 
-def _multiply_adds_added(
-    new: nn.Module, layer: nn.Module, shapes: Iterable[tuple[int, ...]], batch: int
-) -> dict[str, int]:
-    """By component and for one sample of a batch that gives the layer inputs of these shapes, over its calls."""
+def _multiply_adds_added(new: nn.Module, layer: nn.Module, site: Site, seen: Observation) -> dict[str, int]:
+    """By component and for one sample, over the calls of the layer that were seen."""
     if not isinstance(new, (FDConv2d, FDLinear)):
         return {}
     unbatched = 3 if isinstance(new, FDConv2d) else 1
     added: Counter[str] = Counter()
-    for shape in filter(None, shapes):
+    for shape in filter(None, seen.input_shapes[site.name]):
         # What is a sample to the layer, and has a weight of its own, may be a part of one: a window, or a region.
         rows, sample = (1, shape) if len(shape) == unbatched else (shape[0], shape[1:])
-        for component, count in asdict(layer_cost(new, _padded(sample, layer))).items():
+        for component, count in asdict(layer_cost(new, _padded(sample, layer, site))).items():
             added[component] += rows * count
     del added["convolution"]  # that of the plain layer
-    return {component: count // batch for component, count in added.items()}
+    return {component: count // seen.batch for component, count in added.items()}
 
 
-def _padded(sample: tuple[int, ...], layer: nn.Module) -> tuple[int, ...]:
+def _padded(sample: tuple[int, ...], layer: nn.Module, site: Site) -> tuple[int, ...]:
     """The shape that an input has once it is padded, for layers that begin with that."""
-    if not isinstance(layer, nn.Conv2d):
-        return sample
-    effective = effective_layer(layer)
-    if isinstance(effective, str) or not effective.pads_same:
+    if not site.pads_same or not isinstance(layer, nn.Conv2d):
         return sample
     channels, height, width = sample
     left, right, top, bottom = same_padding((height, width), layer)

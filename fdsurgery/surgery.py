@@ -186,7 +186,7 @@ def _difference(planned: Site, now: Site) -> str | None:
         return now.obstacle
     if now.caution is not None and planned.caution is None:
         return now.caution
-    names = ["kernel_size", "stride", "dilation", "groups", "padding", "padding_mode"]
+    names = ["kernel_size", "stride", "dilation", "groups", "padding", "padding_mode", "pads_same"]
     if now.layer_class not in ("Conv2d", "Linear"):  # in a graph, functional calls have become plain layers
         names.append("layer_class")
     for name in names:

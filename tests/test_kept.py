@@ -159,10 +159,10 @@ class Aside(nn.Conv2d):
     ("kind", "said"),
     [
         (DropsWeights, "something else in training"),
-        (AddsNoise, "something else in training"),
+        (AddsNoise, "draws random numbers"),
         (HasABranch, "something else in training"),
         (ForgetsItsBias, "something else in training"),
-        (Noisy, "at random"),
+        (Noisy, "draws random numbers"),
         (Masked, "at zero"),
         (MasksInPlace, "writes to its own"),
         (Cut, "at zero"),

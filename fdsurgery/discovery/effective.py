@@ -57,7 +57,7 @@ def effective_layer(layer: nn.Module) -> Effective | str:
     if is_plain(layer):
         return Effective(layer)
     with same_random_numbers():
-        effective = _watched(_private_twin(layer), layer.weight.device)
+        effective = _watched(_private_twin(layer), next(layer.parameters()).device)
     if isinstance(effective, Effective):
         effective.layer.train(layer.training)
     return effective
@@ -99,24 +99,27 @@ def _watched(layer: Any, device: torch.device) -> Effective | str:
     unlike = f"its forward is not {base}'s own: {type(layer).__name__} "
     if parametrize.is_parametrized(layer) and _is_own(layer):
         unlike = "its weight is parametrised: it "
-    before = _members(layer)
-    xs = _probes(layer)
+    before, state = _members(layer), _random_states()
+    x, y = _probes(layer)
+    in_training = not _is_of_torch(layer)
     try:
-        calls = [_watch(layer, x) for x in xs]
+        calls = [_watch(layer, x), _watch(layer, y, training=in_training)]
+        if in_training and not _alike(*calls) and _alike(calls[0], _watch(layer, y)):
+            return f"{unlike}does something else in training than in evaluation"
     except Exception as error:
         return f"{unlike}could not be called by itself ({type(error).__name__})"
-    if any(call is None for call in calls):
+    first, second = calls
+    if first is None or second is None:
         return f"{unlike}does more than one convolution or product"
+    if any(not torch.equal(now, then) for now, then in zip(_random_states(), state, strict=True)):
+        return f"{unlike}draws random numbers"
     if stored := sorted(key for key, value in _members(layer).items() if before.get(key) != value):
         if stored[0] in layer._parameters:
             return f"{unlike}writes to its own parameters as it runs"
         return f"{unlike}stores {stored[0]!r} on the layer as it runs, which others may read"
-    (x, first), (y, second) = calls  # type: ignore[misc]
     weight, bias = first["weight"], first["bias"]
-    if weight.shape != layer.weight.shape or not _same(weight, second["weight"]):
-        return f"{unlike}computes its weight from the input, or at random"
-    if not _trains_as_it_runs(layer, xs, first):
-        return f"{unlike}does something else in training than in evaluation"
+    if weight.shape != _shape(layer) or not _alike(first, second):
+        return f"{unlike}computes its weight from the input"
     plain = _plain(layer, weight, bias, device)
     verbatim = weight is layer._parameters.get("weight") and bias is layer._parameters.get("bias")
     if reason := _of_what_it_computes_from(layer, x):
@@ -152,6 +155,7 @@ def _members(layer: nn.Module) -> dict[str, Any]:
     held = {
         key: (id(value), len(value) if isinstance(value, (list, dict, set)) else 0)
         for key, value in vars(layer).items()
+        if key != "training"
     }
     counted = {
         key: (id(tensor), tensor._version) for key, tensor in (*layer.named_parameters(), *layer.named_buffers())
@@ -160,25 +164,34 @@ def _members(layer: nn.Module) -> dict[str, Any]:
     return held | {key: value for key, value in counted.items() if not key.startswith("parametrizations.")}
 
 
-def _trains_as_it_runs(layer: Any, xs: list[Tensor], first: dict[str, Any]) -> bool:
-    """True if the layer does in training, twice over, what it does in evaluation."""
-    if _is_own(layer) and all(
-        type(part).__module__.startswith("torch.nn.utils.") for part in layer.modules() if part is not layer
-    ):
-        return True  # torch's own norms of weights: deterministic, one of them with the running estimate of a norm
-    for module in layer.modules():
-        module.__dict__["training"] = True  # not `train()`, which a class may have filled with more
-    try:
-        calls = [_watch(layer, x) for x in xs]
-    except Exception:
-        return False
-    finally:
-        for module in layer.modules():
-            module.__dict__["training"] = False
-    return all(call is not None and _same(call[1]["weight"], first["weight"]) for call in calls) and all(
-        _same(calls[0][1][key], given) if isinstance(given, Tensor) else calls[0][1][key] == given  # type: ignore[index]
-        for key, given in first.items()
+def _is_of_torch(layer: nn.Module) -> bool:
+    """True for torch's own norms of weights, which do nothing at random but may keep the running estimate of a norm."""
+    parts = [part for part in layer.modules() if part is not layer]
+    return _is_own(layer) and all(
+        type(part).__module__.startswith(("torch.nn.utils.", "torch.nn.modules.container")) for part in parts
     )
+
+
+def _alike(first: dict[str, Any] | None, second: dict[str, Any] | None) -> bool:
+    """True if two calls, on different inputs, used the same weights in the same way."""
+    if first is None or second is None:
+        return first is second
+    return all(
+        _same(second[key], given) if isinstance(given, Tensor) else second[key] == given
+        for key, given in first.items()
+        if key != "input"
+    )
+
+
+def _random_states() -> list[Tensor]:
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *on_gpus]
+
+
+def _shape(layer: nn.Conv2d | nn.Linear) -> tuple[int, ...]:
+    if isinstance(layer, nn.Linear):
+        return (layer.out_features, layer.in_features)
+    return (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
 
 
 def _of_what_it_computes_from(layer: Any, x: Tensor) -> str | None:
@@ -196,14 +209,12 @@ def _of_what_it_computes_from(layer: Any, x: Tensor) -> str | None:
                 parameter.uniform_(0.5, 1.5)  # so that what is zero now is zero by the class and not by chance
             parameter.requires_grad_()
         before = {name: parameter.clone() for name, parameter in parameters.items()}
-    with torch.enable_grad():
-        call = _watch(layer, x, differentiable=True)
-    if call is None:
-        return "does more than one convolution or product"
-    made = [call[1][key] for key in ("weight", "bias") if call[1][key] is not None and call[1][key].requires_grad]
+    call = _watch(layer, x, differentiable=bool(own))
+    assert call is not None
+    made = [call[key] for key in ("weight", "bias") if call[key] is not None and call[key].requires_grad]
     if any(not torch.equal(parameter, before[name]) for name, parameter in parameters.items()):
         return "writes to its own parameters as it runs"
-    if bool((call[1]["weight"] == 0).any()):
+    if bool((call["weight"] == 0).any()):
         return "holds some of its weight at zero, as masked convolutions do"
     reached = torch.autograd.grad([value.sum() for value in made], list(own.values()), allow_unused=True) if own else ()
     for name, gradient in zip(own, reached, strict=True):
@@ -266,11 +277,13 @@ _ARGUMENTS: dict[Any, tuple[str, ...]] = {
 _DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
 
-def _watch(layer: nn.Module, x: Tensor, differentiable: bool = False) -> tuple[Tensor, dict[str, Any]] | None:
-    """The input, and the arguments of the only convolution or product; None if what is returned is not its result."""
+def _watch(layer: nn.Module, x: Tensor, training: bool = False, differentiable: bool = False) -> dict[str, Any] | None:
+    """The arguments of the only convolution or product; None if what is returned is not its result."""
+    for module in layer.modules():
+        module.__dict__["training"] = training  # not `train()`, which a class may have filled with more
     with _Calls() as calls, without_autocast(x.device), torch.set_grad_enabled(differentiable):
         result = type(layer).forward(layer, x)
-    return (x, calls.seen[0][0]) if len(calls.seen) == 1 and calls.seen[0][1] is result else None
+    return calls.seen[0][0] if len(calls.seen) == 1 and calls.seen[0][1] is result else None
 
 
 def _probes(layer: nn.Conv2d | nn.Linear) -> list[Tensor]:

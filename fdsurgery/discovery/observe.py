@@ -253,13 +253,17 @@ def _sites(model: nn.Module, flow: Flow) -> tuple[Site, ...]:
         names.setdefault(id(module), []).append(name)
         by_name[name] = module
     roles = find_roles(flow)
-    obstacles = find_obstacles(model, flow)
+    obstacles, padded = find_obstacles(model, flow)
     cautions = find_cautions(flow)
     found: list[Site] = []
     for name, module in model.named_modules():
         seen: dict[str, Any]
         if name in flow.layers:
-            seen = _seen(flow, name, *roles[name]) | {"obstacle": obstacles.get(name), "caution": cautions.get(name)}
+            seen = _seen(flow, name, *roles[name]) | {
+                "obstacle": obstacles.get(name),
+                "caution": cautions.get(name),
+                "pads_same": name in padded,
+            }
         elif _is_scripted_layer(module):
             seen = _SCRIPTED | {"role": "linear" if module.original_name == "Linear" else "spatial"}
         else:

@@ -20,8 +20,8 @@ MOST_WEIGHTS = 32
 _TAKE_AFTER = {"to", "type_as", "view_as", "reshape_as", "expand_as"}
 
 
-def find_obstacles(model: nn.Module, flow: Flow) -> dict[str, str]:
-    """The reason against replacing, for every layer that has one.
+def find_obstacles(model: nn.Module, flow: Flow) -> tuple[dict[str, str], set[str]]:
+    """The reason against replacing, for every layer that has one; and the others that pad as TensorFlow does.
 
     Args:
         model: the model whose forward `flow` shows; its layers have the names used there.
@@ -34,6 +34,7 @@ def find_obstacles(model: nn.Module, flow: Flow) -> dict[str, str]:
                 owners.setdefault(id(parameter), []).append(f"{name}.{key}" if name else key)
     readers = _readers(flow)
     found: dict[str, str] = {}
+    padded: set[str] = set()
     for name, layer in flow.layers.items():
         reason = (
             _of_the_layer(name, layer)
@@ -42,12 +43,17 @@ def find_obstacles(model: nn.Module, flow: Flow) -> dict[str, str]:
             or _of_its_calls(flow.calls.get(name, ()), layer)
             or _of_its_input(flow, name)
             or _of_its_members(layer)
-            or _of_its_class(layer)
             or _of_its_values(layer)
         )
-        if reason:
+        if reason is None:
+            effective = effective_layer(layer)
+            if isinstance(effective, str):
+                reason = effective
+            elif effective.pads_same:
+                padded.add(name)
+        if reason is not None:
             found[name] = reason
-    return found
+    return found, padded
 
 
 def find_cautions(flow: Flow) -> dict[str, str]:
@@ -142,11 +148,6 @@ def _of_its_calls(calls: Sequence[Node], layer: nn.Module) -> str | None:
             name = next((key for key in call.kwargs if key != "input"), "")
             return f"its forward is called with {f'the argument {name!r}' if name else 'more'} besides the input"
     return None
-
-
-def _of_its_class(layer: nn.Module) -> str | None:
-    effective = effective_layer(layer)
-    return effective if isinstance(effective, str) else None
 
 
 def _readers(flow: Flow) -> dict[str, str]:

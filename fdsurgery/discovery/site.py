@@ -43,6 +43,8 @@ class Site:
     groups: int = 1
     padding: tuple[int, int] | str = (0, 0)
     padding_mode: str = "zeros"
+    pads_same: bool = False
+    """True if the layer pads its input by its size first, as TensorFlow does."""
     aliases: tuple[str, ...] = ()
     layer_class: str = ""
     """Class name of the layer itself, e.g. `Conv2d`."""

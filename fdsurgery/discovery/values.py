@@ -12,7 +12,7 @@ _FAINT = 1 / 100
 """A filter so much weaker than the root mean square of all: the rounding of the transform, 1e-7 of that mean,
 is then more than 1e-5 of the filter."""
 _DEAD = 1e-5
-"""A filter so much weaker than the usual one has died in training; its rounding is below what is promised of a layer."""
+"""A filter so much weaker than the usual one is dead; its rounding is below what is promised of a whole layer."""
 _MOSTLY = 0.01
 
 
