@@ -114,7 +114,7 @@ def _folds(model: nn.Module, example_inputs: Any) -> list[_Fold]:
     flow = Flow(observe(model, example_inputs).graph, layers)
     seen = _Norms.of(flow, norms)
     found = []
-    with same_random_numbers(model):
+    with same_random_numbers():
         for name, layer in layers.items():
             norm_name = _only_reader(flow, seen, name)
             if norm_name is None or _is_watched(layer) or _is_watched(norms[norm_name]):

@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn.modules.module import _WrappedHook
 
 from ..discovery.effective import is_plain
-
 from .fused_paths import choose_paths
 
 Edit = tuple[Any, Any, Any]
