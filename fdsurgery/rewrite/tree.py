@@ -105,6 +105,8 @@ def _bind_hooks(hooks: dict[Any, Any], old: nn.Module, new: nn.Module, edits: li
 
 def _carry_members(old: nn.Module, new: nn.Module, made: Collection[str]) -> None:
     """Buffers, parameters and children that were put on a layer. What a class computes its weight from ends in it."""
+    if not isinstance(old, (nn.Conv2d, nn.Linear)):
+        return  # a module whose members end with it
     taken = {"weight", "bias", "parametrizations", *new._parameters, *new._buffers, *new._modules}
     registries = ("_buffers", "_parameters", "_modules") if made or is_plain(old) else ("_buffers",)
     for registry in registries:
