@@ -54,7 +54,9 @@ def convert(
         from .rewrite import graph  # which builds on this module
 
         return graph.convert(model, recipe, example_inputs=example_inputs, **overrides)
-    return carry_out(*plan_and_observation(model, recipe, example_inputs, "record", overrides), model)
+    decided, seen = plan_and_observation(model, recipe, example_inputs, "record", overrides)
+    carry_out(decided, seen, network_of(model))
+    return model
 
 
 @undisturbed()
