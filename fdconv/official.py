@@ -129,6 +129,45 @@ def public_obstacle(layer: FDConv2d | FDLinear) -> str | None:
     return None
 
 
+def public_setting_obstacle(layer: FDConv2d | FDLinear) -> str | None:
+    """Which setting of a layer the public code has no argument for, in words; None if it has one for each."""
+    config, linear = layer.config, isinstance(layer, FDLinear)
+    gates = (config.global_activation, config.kernel_activation)
+    refused = {
+        "ksm_global": not config.ksm_global,
+        "norm": config.norm not in ("auto", "rms" if linear else "batch"),
+        "kernel_activation": gates not in (("sigmoid", "sigmoid"), ("tanh", "tanh"), ("sigmoid", "softmax")),
+        "min_attention_channels": layer.KSM_Global is not None and layer.KSM_Global.fc.weight.shape[0] < 16,
+        "band_edges": layer.FBM is not None and config.band_edges != "fixed",
+        "band_activation": layer.FBM is not None and config.band_activation == "softmax",
+    }
+    for name, is_refused in refused.items():
+        if is_refused:
+            return f"its {name} is {getattr(config, name)!r}, which the public layer does not have"
+    return None
+
+
+def public_arguments(layer: FDConv2d | FDLinear) -> dict[str, Any]:
+    """The arguments of the public layer, other than its defaults, that its tensors do not show."""
+    config = layer.config
+    activation = "softmax" if config.kernel_activation == "softmax" else config.global_activation
+    arguments: dict[str, Any] = {}
+    if activation != "sigmoid":
+        arguments["ksm_global_act"] = activation
+    if config.kernel_temperature != 1:
+        arguments["kernel_temp"] = config.kernel_temperature
+    if config.temperature != config.kernel_temperature:
+        arguments["temp"] = config.temperature
+    if layer.KSM_Local is not None and config.local_activation != "sigmoid":
+        arguments["ksm_local_act"] = config.local_activation
+    if layer.FBM is not None:
+        bands: dict[str, Any] = {"k_list": list(config.bands)} if config.bands != (2, 4, 8) else {}
+        bands |= {"act": config.band_activation} if config.band_activation != "sigmoid" else {}
+        bands |= {"lowfreq_att": True} if config.band_lowfreq else {}
+        arguments |= {"fbm_cfg": bands} if bands else {}
+    return arguments
+
+
 def divides_evenly(layer: FDConv2d | FDLinear) -> bool:
     """True if the coefficients of a layer make groups of one size, which the public code demands."""
     return layer.frequency_group.numel() % layer.config.kernel_num == 0

@@ -117,6 +117,15 @@ class Replayed:
         self.graphs: dict[Any, _Graph | None] = {}
         """By what is the same for all calls that one graph serves; None for what cannot be recorded."""
 
+    @property
+    def __code__(self) -> Any:
+        """That of the forward: `torch.export` names its inputs by it, and notes where it stands."""
+        return self.forward.__code__
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A graph reads and writes the memory of the model that it was recorded for; copies record their own.
+        return {**vars(self), "graphs": {}}
+
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.capture is None or torch.compiler.is_compiling():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
 from models import CASES, small_vit
 from torch import Tensor, nn
@@ -282,3 +284,25 @@ def test_graphs_on_a_gpu(name: str) -> None:
         expected = logits_of(model(batch.cuda()))
         assert (logits_of(fast(batch.cuda())) - expected).norm() < 1e-3 * expected.norm()
     assert len(fast.forward.graphs) == 2 and all(fast.forward.graphs.values())  # type: ignore[union-attr]
+
+
+def test_prepared_copies_are_copied_pickled_and_exported() -> None:
+    x = torch.randn(2, 3, 32, 32)
+    model = fdsurgery.settle_(timm.create_model("test_resnet"), x)
+    fast = fdsurgery.compile_for_inference(stir(fdsurgery.convert(model)).double())  # in float64 as above
+    x = x.double()
+    expected = fast(x)
+    assert isinstance(fast.forward, Replayed)
+    fast.forward.graphs["a call"] = None
+    for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert isinstance(other.forward, Replayed) and other.forward.forward.__self__ is other  # type: ignore[attr-defined]
+        assert not other.forward.graphs, "a graph reads the memory of the model that it was recorded for"
+        assert torch.equal(other(x), expected)
+        with torch.no_grad():
+            next(other.parameters()).zero_()
+    assert torch.equal(fast(x), expected)
+    more = torch.randn(5, *x.shape[1:]).double()
+    for strict in (False, True):
+        batch = {"x": {0: torch.export.Dim("batch", min=2)}}
+        exported = torch.export.export(fast, (x,), dynamic_shapes=batch, strict=strict).module()
+        torch.testing.assert_close(exported(more), fast(more))

@@ -7,6 +7,7 @@ numpy's float64.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -590,3 +591,82 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         options = [] if "--model" in arguments or "--recipe" in arguments else ["--model", "timm:test_resnet"]
         assert message in invoke(*arguments, *options, code=2).replace("\n", " ")
     assert {path.name for path in tmp_path.iterdir()} == {"in.safetensors", "out", "precious"}
+
+
+SETTINGS = {"temperature": 3.0, "bands": (2, 4, 8, 16), "global_activation": "tanh", "band_activation": "softmax"}
+
+
+def settings_in(folder: Path) -> list[dict[str, Any]]:
+    layers = json.loads((folder / "fdsurgery.json").read_text())["layers"]
+    return [{name: entry["settings"][name] for name in SETTINGS} for entry in layers.values()]
+
+
+def test_a_bare_file_of_ours_tells_the_settings(tmp_path: Path) -> None:
+    model = fdsurgery.convert(timm.create_model("test_resnet", num_classes=3), **SETTINGS)
+    fdsurgery.save(model, tmp_path / "saved")
+    shutil.copy(tmp_path / "saved" / "model.safetensors", tmp_path / "elsewhere.safetensors")
+    wanted = [{**SETTINGS, "bands": list(SETTINGS["bands"])}] * 9
+    for at, source in enumerate(("saved", "saved/model.safetensors", "elsewhere.safetensors", "out0.safetensors")):
+        plan = convert_checkpoint(tmp_path / source, tmp_path / f"out{at}", model="timm:test_resnet")
+        assert settings_in(tmp_path / f"out{at}") == wanted and not any("guessed" in note for note in plan.notes)
+        if at == 0:  # a file that a conversion has written tells them too
+            convert_checkpoint(tmp_path / source, tmp_path / "out0.safetensors", model="timm:test_resnet")
+
+
+def test_what_is_guessed_is_said(tmp_path: Path) -> None:
+    model = fdsurgery.convert(timm.create_model("test_resnet", num_classes=3), temperature=3.0)
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    plan = convert_checkpoint(tmp_path / "bare.pth", tmp_path / "out", model="timm:test_resnet")
+    assert any("settings of 9 layers, 'layer1.0.conv1' first, are guessed" in note for note in plan.notes)
+    assert any("temperature 1.0" in note and "--set" in note for note in plan.notes)
+    given = {"temperature": 3.0}
+    plan = convert_checkpoint(tmp_path / "bare.pth", tmp_path / "told", model="timm:test_resnet", settings=given)
+    assert any("temperature 3.0" in note for note in plan.notes)
+    assert all(entry["temperature"] == 3.0 for entry in settings_in(tmp_path / "told"))
+
+
+def test_a_folder_of_transformers_tells_the_settings(tmp_path: Path) -> None:
+    config = transformers.ResNetConfig(depths=[1, 1], hidden_sizes=[64, 128], embedding_size=64, num_labels=3)
+    model = fdsurgery.convert(transformers.ResNetForImageClassification(config), **SETTINGS)
+    fdsurgery.save_pretrained(model, tmp_path / "saved")
+    for at, source in enumerate(("saved", "saved/model.safetensors")):
+        plan = convert_checkpoint(tmp_path / source, tmp_path / f"out{at}", model=f"hf:{tmp_path / 'saved'}")
+        assert all(
+            entry["temperature"] == 3.0 and entry["bands"] == [2, 4, 8, 16] for entry in settings_in(plan.destination)
+        )
+        assert not any("guessed" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "setting"),
+    [
+        ({"band_edges": "learned"}, "band_edges is 'learned'"),
+        ({"band_edges": "dynamic"}, "band_edges is 'dynamic'"),
+        ({"norm": "rms"}, "norm is 'rms'"),
+        ({"band_activation": "softmax"}, "band_activation is 'softmax'"),
+        ({"ksm_global": False}, "ksm_global is False"),
+        ({"kernel_activation": "tanh"}, "kernel_activation is 'tanh'"),
+        ({"reduction": 1e-3, "min_attention_channels": 4}, "min_attention_channels is 4"),
+    ],
+)
+def test_what_the_authors_code_cannot_hold_is_refused(settings: dict[str, Any], setting: str, tmp_path: Path) -> None:
+    model = fdsurgery.convert(timm.create_model("test_resnet", num_classes=3), kernel_num=2, **settings)
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    fdsurgery.save(model, tmp_path / "saved")
+    with pytest.raises(MisfitError, match=f"no counterpart: layer1\\.0\\.conv1: its {setting}, which the public"):
+        convert_checkpoint(tmp_path / "saved", tmp_path / "o.pth", model="timm:test_resnet", to="official")
+    assert not (tmp_path / "o.pth").exists()
+
+
+def test_what_the_authors_code_must_be_told_is_said(tmp_path: Path) -> None:
+    model = fdsurgery.convert(
+        timm.create_model("test_resnet", num_classes=3),
+        kernel_num=2,
+        temperature=3.0,
+        bands=(2, 4),
+        kernel_activation="softmax",
+    )
+    fdsurgery.save(model, tmp_path / "saved")
+    plan = convert_checkpoint(tmp_path / "saved", tmp_path / "o.pth", model="timm:test_resnet", to="official")
+    told = next(note for note in plan.notes if "must be built with" in note)
+    assert "ksm_global_act='softmax'" in told and "temp=3.0" in told and "{'k_list': [2, 4]}" in told

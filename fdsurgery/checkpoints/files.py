@@ -60,6 +60,8 @@ class Shard(Protocol):
 
     path: Path
     tensors: dict[str, Stored]
+    metadata: dict[str, str]
+    """What the file says of itself, beside its tensors."""
 
     def chunks(self, name: str, start: int, stop: int) -> Iterator[memoryview]:
         """The bytes of a tensor from `start` to `stop`, a few MiB at a time; each void once the next is there."""
@@ -233,7 +235,7 @@ class SafetensorsShard:
                 header = json.loads(file.read(length))
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is no whole safetensors file: {error}") from None
-        header.pop("__metadata__", None)
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             begin, end = entry["data_offsets"]
             self.tensors[name] = Stored(name, entry["dtype"], tuple(entry["shape"]), end - begin)
@@ -256,6 +258,7 @@ class TorchShard:
 
     def __init__(self, path: Path, key: str | None = None) -> None:
         self.path = path
+        self.metadata: dict[str, str] = {}
         state = _unpickle(path)
         state, self.wrapper, self.notes = _unwrap(state, key, path)
         self._state = state

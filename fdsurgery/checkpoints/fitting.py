@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,20 +15,24 @@ from torch import nn
 
 from fdconv import FDConv2d, FDLinear
 
-from ..checkpoint import DESCRIPTION
-from ..errors import CheckpointError, near_misses
+from ..checkpoint import DESCRIPTION, FORMAT, METADATA, WEIGHTS
+from ..errors import CheckpointError, SurgeryError, near_misses
+from ..huggingface.description import Description, is_description
 from ..operators import get_operator
 from ..operators.fdconv import FDConvOperator
 from ..recipe import Recipe
 from ..sources import Source, build
-from .files import DTYPES, Checkpoint, Stored, read_json
+from .files import DTYPES, INDEX, Checkpoint, Stored, read_json
 from .names import Foreign, Naming, Recognised, namings, recognise
 
 Form = Literal["plain", "official", "ours"]
+CONFIG = "config.json"
 FORMS: tuple[Form, ...] = ("plain", "official", "ours")
 _MODULATION = ("KSM_Global.", "KSM_Local.", "FBM.")
 _CONSTANTS = ("relative_position_index", "relative_coords_table", "attn_mask", "position_ids")
 """Buffers that older releases saved and newer ones compute."""
+_INVISIBLE = ("temperature", "kernel_temperature", "global_activation", "kernel_activation", "band_activation", "bands")
+"""Settings that a layer's tensors do not show, or not all of."""
 _SHOWN = 10
 """Problems of one kind that a message lists."""
 
@@ -157,7 +162,10 @@ def fit_model(asked: Asked, spec: str, *, meta: bool) -> Fit:
         )
         known = namings(model, tuple(model.state_dict()))
         found = _recognise(checkpoint, known, spec)
-    layers = {} if asked.form == "plain" else _dynamic_layers(asked, model, found)
+    layers: dict[str, Layer] = {}
+    if asked.form != "plain":
+        layers, guessed = _dynamic_layers(asked, model, found)
+        notes += guessed
     empty = Fit(asked, spec, model, source, known, found, layers, {}, {}, (), (), notes + checkpoint.notes)
     return _located(empty)
 
@@ -191,11 +199,12 @@ def _classes(checkpoint: Checkpoint, model: nn.Module, source: Source, found: Re
     return None
 
 
-def _dynamic_layers(asked: Asked, model: nn.Module, found: Recognised) -> dict[str, Layer]:
-    """The layers whose spectrum a checkpoint has, by what it tells of their settings."""
+def _dynamic_layers(asked: Asked, model: nn.Module, found: Recognised) -> tuple[dict[str, Layer], tuple[str, ...]]:
+    """The layers whose spectrum a checkpoint has, by what it tells of their settings, and what had to be guessed."""
     tensors = asked.checkpoint.tensors
-    described = _described_settings(asked.checkpoint.path) if asked.form == "ours" else {}
+    described = _described_settings(asked.checkpoint, model) if asked.form == "ours" else {}
     layers = {}
+    guessed: list[str] = []
     made: dict[nn.Module, Layer] = {}
     for fqn, module in model.named_modules(remove_duplicate=False):
         inner = found.layer(fqn)
@@ -204,7 +213,9 @@ def _dynamic_layers(asked: Asked, model: nn.Module, found: Recognised) -> dict[s
         if module not in made:
             dtype = DTYPES.get(tensors[f"{inner}.dft_weight"].code, torch.float32)
             leaves = {name[len(inner) + 1 :]: one for name, one in tensors.items() if name.startswith(inner + ".")}
-            settings = described.get(fqn) or settings_of(module, leaves, official=asked.form == "official")
+            if (settings := described.get(fqn)) is None:
+                settings = settings_of(module, leaves, official=asked.form == "official")
+                guessed.append(fqn)
             operator = get_operator(FDConvOperator.name)
             settings = operator.settings({**settings, **asked.overrides})
             try:
@@ -214,18 +225,72 @@ def _dynamic_layers(asked: Asked, model: nn.Module, found: Recognised) -> dict[s
             assert isinstance(template, (FDConv2d, FDLinear))
             made[module] = Layer(fqn, template, settings, template)
         layers[fqn] = made[module]
-    return layers
+    return layers, tuple(_guess(guessed, asked.overrides))
 
 
-def _described_settings(path: Path) -> dict[str, dict[str, Any]]:
-    """The settings that a saved converted model tells, by layer; none where there is no description."""
-    if not (path / DESCRIPTION).is_file():
+def _guess(names: list[str], overrides: dict[str, Any]) -> Iterator[str]:
+    """What to know of layers whose settings nothing tells."""
+    if names:
+        defaults = FDConvOperator().settings(overrides)
+        shown = ", ".join(f"{name} {defaults[name]}" for name in _INVISIBLE)
+        yield (
+            f"the settings of {len(names)} layers, {names[0]!r} first, are guessed from the shapes of their tensors; "
+            f"what shows in none is taken as {shown}: where the model had others, give them by --set"
+        )
+
+
+def _described_settings(checkpoint: Checkpoint, model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The settings that a converted model was saved with, by layer; none where nothing tells them.
+
+    They stand in the folder, be it ours or transformers', in the metadata of the files, or beside a file.
+    """
+    path = checkpoint.path
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir() and (found := _settings_of_folder(folder, model)):
+        return found
+    for shard in checkpoint.shards:
+        if METADATA in shard.metadata:
+            return _settings_of_metadata(shard.path, shard.metadata[METADATA])
+    beside = not path.is_dir() and path.name in (WEIGHTS, INDEX)
+    return _settings_of_folder(folder, model) if beside else {}
+
+
+def _settings_of_folder(folder: Path, model: nn.Module) -> dict[str, dict[str, Any]]:
+    if (folder / DESCRIPTION).is_file():
+        content = read_json(folder / DESCRIPTION)
+        return _settings_by_layer(folder / DESCRIPTION, content)
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
+    given: Any = config.get("quantization_config") if isinstance(config, dict) else None
+    if not is_description(given):
         return {}
-    content = read_json(path / DESCRIPTION)
+    try:
+        description = Description.from_dict(given)
+        found = description.find(model)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from None
+    settings = {found[name]: group.settings for group in description.layers for name in group.shapes if name in found}
+    named = model.named_modules(remove_duplicate=False)
+    return {fqn: settings[module] for fqn, module in named if module in settings}
+
+
+def _settings_of_metadata(path: Path, text: str) -> dict[str, dict[str, Any]]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: what its metadata says of the layers is no JSON: {error}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: expected metadata of format {FORMAT}; a newer fdsurgery may read it")
+    return _settings_by_layer(path, content)
+
+
+def _settings_by_layer(path: Path, content: Any) -> dict[str, dict[str, Any]]:
     layers = content.get("layers") if isinstance(content, dict) else None
     if not isinstance(layers, dict) or not all(isinstance(entry, dict) for entry in layers.values()):
-        raise CheckpointError(f"{path / DESCRIPTION} is damaged: it has no layers")
-    return {fqn: entry["settings"] for fqn, entry in layers.items() if isinstance(entry.get("settings"), dict)}
+        raise CheckpointError(f"{path} is damaged: it has no layers")
+    try:
+        return {fqn: get_operator(entry["operator"]).settings(entry["settings"]) for fqn, entry in layers.items()}
+    except (KeyError, TypeError, AttributeError, SurgeryError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
 
 
 def settings_of(layer: nn.Conv2d | nn.Linear, leaves: Mapping[str, Stored], *, official: bool) -> dict[str, Any]:
@@ -255,6 +320,8 @@ def settings_of(layer: nn.Conv2d | nn.Linear, leaves: Mapping[str, Stored], *, o
         settings["ksm_local"] = "KSM_Local.conv.weight" in leaves
         maps = [one for leaf, one in leaves.items() if leaf.startswith("FBM.") and leaf.endswith(".weight")]
         settings["fbm_kernel_sizes"] = [layer.kernel_size[0]] if maps else []
+        if "FBM.edges.edge" in leaves:
+            settings["band_edges"] = "dynamic" if "FBM.edges.scale.weight" in leaves else "learned"
         if len(maps) == 4:
             settings["band_lowfreq"] = True
         if maps and maps[0].shape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from fdconv import FDConv2d, FDLinear
-from fdconv.official import divides_evenly, public_groups, public_obstacle
+from fdconv.official import divides_evenly, public_arguments, public_groups, public_obstacle, public_setting_obstacle
 
 from ..checkpoint import DESCRIPTION, FORMAT
 from ..errors import CheckpointError, DiscoveryError, SurgeryError, near_misses
@@ -112,14 +113,19 @@ class CheckpointPlan:
     """The recipe that chose the layers; None where the checkpoint has dynamic layers already."""
     naming: str
     """How the tensors of the checkpoint are named, in words."""
-    layers: tuple[str, ...]
-    """The dynamic layers of the result, as the model calls them."""
+    settings: dict[str, dict[str, Any]]
+    """Operator and settings of each dynamic layer of the result, as the model calls it."""
     files: tuple[OutputFile, ...]
     left_behind: tuple[str, ...]
     """Tensors of the checkpoint that belong to other parts, such as a detector's neck, and are not written."""
     notes: tuple[str, ...]
     description: dict[str, Any] | None
     """What `fdsurgery.load` needs besides the weights; None where the result is no model of ours."""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The dynamic layers of the result, as the model calls them."""
+        return tuple(self.settings)
 
     @property
     def nbytes(self) -> int:
@@ -291,7 +297,7 @@ def _complete(fit: Fit, *, described: bool) -> CheckpointPlan:
         fit.spec,
         None if made is None else made.recipe,
         f"{naming} after {prefix!r}" if prefix else naming,
-        tuple(canonical),
+        {fqn: {"operator": FDConvOperator.name, "settings": layer.settings} for fqn, layer in canonical.items()},
         _files(asked, steps),
         () if fit.keeps_names else fit.unclaimed,
         (*fit.notes, *_notes(fit, canonical)),
@@ -323,7 +329,7 @@ def _refusals(fit: Fit, layers: dict[str, Layer]) -> Iterator[Problem]:
         if piece is not None and (code := fit.asked.checkpoint.tensors[piece.tensor].code) not in _FLOATS:
             yield Problem("no counterpart", fqn, f": its weight is stored as {code}, and a spectrum needs real numbers")
         if fit.asked.to == "official":
-            obstacle = public_obstacle(layer.dynamic)
+            obstacle = public_obstacle(layer.dynamic) or public_setting_obstacle(layer.dynamic)
             if obstacle is None and _official_layer(fit, fqn) is None:
                 obstacle = "it is a part of another tensor there"
             if obstacle is None and fit.asked.form != "plain" and not divides_evenly(layer.dynamic):
@@ -451,6 +457,12 @@ def _notes(fit: Fit, layers: dict[str, Layer]) -> Iterator[str]:
             "official checkpoints do not save the order of coefficients of equal radius; it was computed as the public "
             f"code does with torch {torch.__version__}, and is saved as frequency_group"
         )
+    if to == "official":
+        told = Counter(json.dumps(public_arguments(layer.dynamic)) for layer in layers.values())
+        for text, count in told.items():
+            if arguments := json.loads(text):
+                shown = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+                yield f"{count} layers of the public code must be built with {shown}, which no tensor tells"
     if form != "ours" or to != "official":
         return
     moved = total = 0

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fdconv import FDConv2d, FDLinear
 from fdconv.official import public_groups
 
-from ..checkpoint import DESCRIPTION
+from ..checkpoint import DESCRIPTION, weights_metadata
 from ..errors import CheckpointError
 from ..operators import get_operator
 from ..operators.fdconv import FDConvOperator
@@ -132,14 +132,17 @@ def _write_file(path: Path, file: OutputFile, plan: CheckpointPlan, on_bytes: On
         return
     unfinished = path.with_name(path.name + _UNFINISHED)
     if path.suffix == ".safetensors":
-        _write_safetensors(unfinished, file, plan.checkpoint, on_bytes)
+        metadata = {"format": "pt"} if plan.target_form == "official" else weights_metadata(plan.settings)
+        _write_safetensors(unfinished, file, plan.checkpoint, metadata, on_bytes)
     else:
         _write_torch(unfinished, file, plan.checkpoint, on_bytes)
     os.replace(unfinished, path)
 
 
-def _write_safetensors(path: Path, file: OutputFile, checkpoint: Checkpoint, on_bytes: OnBytes) -> None:
-    header, starts = _layout(file.outputs)
+def _write_safetensors(
+    path: Path, file: OutputFile, checkpoint: Checkpoint, metadata: dict[str, str], on_bytes: OnBytes
+) -> None:
+    header, starts = _layout(file.outputs, metadata)
     with path.open("wb") as stream:
         stream.write(header)
         for step in file.steps:
@@ -169,11 +172,11 @@ def _write_torch(path: Path, file: OutputFile, checkpoint: Checkpoint, on_bytes:
         os.fsync(stream.fileno())
 
 
-def _layout(outputs: tuple[Output, ...]) -> tuple[bytes, dict[str, int]]:
+def _layout(outputs: tuple[Output, ...], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
     """The header of a safetensors file, and where in the file each tensor starts."""
     # Wide types first: a reader that maps the file needs every tensor at a multiple of its element's size.
     ordered = sorted(outputs, key=lambda one: -_element_size(one))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": metadata}
     at = 0
     for one in ordered:
         header[one.name] = {"dtype": one.code, "shape": list(one.shape), "data_offsets": [at, at + one.nbytes]}
