@@ -391,8 +391,8 @@ class FrequencyDynamic(nn.Module):
         """Convolve with the weights that the context gives each sample, or multiply without a `Convolution`."""
         if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
             raise RuntimeError(
-                "torch.onnx.export(..., dynamo=False) cannot export dynamic layers, for its operators do not suffice: use "
-                "torch.onnx.export(model, args, file, dynamo=True, dynamic_shapes=({0: 'batch'},))"
+                "torch.onnx.export(..., dynamo=False) cannot export dynamic layers, for its operators do not suffice: "
+                "use torch.onnx.export(model, args, file, dynamo=True, dynamic_shapes=({0: 'batch'},))"
             )
         with without_autocast(context.device):
             spectra, factors = self._spectra(), self._factors(context)

@@ -270,7 +270,9 @@ class _PlainTwin:
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         self._model = model
-        self.parameters = {name: nn.Parameter(torch.empty(0)) for name in dict.fromkeys(names)}
+        self.parameters = {
+            name: nn.Parameter(torch.empty(0, dtype=torch.float32, device="cpu")) for name in dict.fromkeys(names)
+        }
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self.parameters.items()

@@ -414,7 +414,7 @@ def _with_noise(
     generator = torch.Generator().manual_seed(0)
 
     def replace(_one: Any, _args: Any, _kwargs: Any, output: Tensor) -> Tensor:
-        noise = torch.randn(output.shape, generator=generator, device="cpu")
+        noise = torch.randn(output.shape, generator=generator, dtype=torch.float32, device="cpu")
         return (noise.to(output.device) * _size(output)).to(output.dtype)
 
     with _hooked(comparisons, replace):
@@ -457,7 +457,9 @@ def _by_gradient(model: nn.Module, arguments: Inputs, comparisons: Sequence[_Com
 
 
 def _projected(output: Tensor) -> Tensor:
-    noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(output.device)
+    noise = torch.randn(
+        output.shape, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu"
+    ).to(output.device)
     exact = output.to(torch.promote_types(output.dtype, torch.float32))
     return (exact * noise).sum() / exact.detach().norm().clamp_min(torch.finfo(torch.float32).tiny)
 

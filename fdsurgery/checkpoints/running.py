@@ -162,12 +162,14 @@ def _write_torch(path: Path, file: OutputFile, checkpoint: Checkpoint, on_bytes:
             if output.code not in DTYPES:
                 raise CheckpointError(f"{output.name!r} is of type {output.code}, which torch.save here cannot write")
             if output.name not in tensors:
-                tensors[output.name] = torch.empty(output.shape, dtype=DTYPES[output.code])
+                tensors[output.name] = torch.empty(output.shape, dtype=DTYPES[output.code], device="cpu")
             flat = tensors[output.name].view(-1).view(torch.uint8)
             flat[offset : offset + len(chunk)] = torch.frombuffer(bytearray(chunk), dtype=torch.uint8)
             on_bytes(len(chunk))
     with path.open("wb") as stream:
-        torch.save({one.name: tensors.get(one.name, torch.empty(one.shape)) for one in file.outputs}, stream)
+        for one in file.outputs:  # those without a number, of which no bytes came
+            tensors.setdefault(one.name, torch.empty(one.shape, dtype=DTYPES[one.code], device="cpu"))
+        torch.save({one.name: tensors[one.name] for one in file.outputs}, stream)
         stream.flush()
         os.fsync(stream.fileno())
 

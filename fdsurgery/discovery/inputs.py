@@ -107,13 +107,16 @@ class _Maker:
 
     def __init__(self, model: nn.Module) -> None:
         weights = [*model.parameters(), *model.buffers()]
-        like = next((weight for weight in weights if weight.is_floating_point()), torch.empty(0))
-        self.place: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        like = next((weight for weight in weights if weight.is_floating_point()), None)
+        self.place: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
+        if like is not None:
+            self.place = {"device": like.device, "dtype": like.dtype}
 
     def floats(self, *shape: int) -> Tensor:
         if self.place["device"].type == "meta":
             return torch.empty(shape, **self.place)
-        return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(**self.place)
+        source = torch.Generator("cpu").manual_seed(0)
+        return torch.rand(shape, generator=source, dtype=torch.float32, device="cpu").to(**self.place)
 
     def image(self, channels: int, height: int, width: int, *before: int) -> Tensor:
         return self.floats(*(before or (BATCH,)), channels, height, width)
@@ -122,7 +125,7 @@ class _Maker:
         return torch.ones(shape, dtype=torch.long, device=self.place["device"])
 
     def rows(self, row: Iterable[int], count: int = BATCH) -> Tensor:
-        return torch.tensor([list(row)] * count, device=self.place["device"])
+        return torch.tensor([list(row)] * count, dtype=torch.long, device=self.place["device"])
 
 
 def _channels(model: nn.Module) -> list[int]:

@@ -38,9 +38,10 @@ def radial_profile(response: Tensor) -> tuple[Tensor, Tensor]:
         Radii in cycles a pixel from 0 to 0.5, and the mean of the response at each; both `(size // 2 + 1,)`.
     """
     size = len(response)
-    axis = torch.arange(size) - size // 2
-    radius = (axis[:, None] ** 2 + axis**2).sqrt().round().long()
+    axis = torch.arange(size, dtype=torch.int64, device=response.device) - size // 2
+    radius = (axis[:, None] ** 2 + axis**2).to(torch.float64).sqrt().round().long()
     inside = radius <= size // 2
-    sums = torch.zeros(size // 2 + 1, dtype=response.dtype).index_add_(0, radius[inside], response[inside])
+    sums = response.new_zeros(size // 2 + 1).index_add_(0, radius[inside], response[inside])
     counts = torch.bincount(radius[inside], minlength=size // 2 + 1)
-    return torch.arange(size // 2 + 1) / size, sums / counts
+    radii = torch.arange(size // 2 + 1, dtype=response.dtype, device=response.device)
+    return radii / size, sums / counts
