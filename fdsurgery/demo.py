@@ -128,7 +128,9 @@ def load_digits(seed: int) -> Digits:
     images = torch.from_numpy(data.images).float().unsqueeze(1)
     images = F.interpolate((images - images.mean()) / images.std(), size=(32, 32), mode="bilinear")
     labels = torch.from_numpy(data.target)
-    split = train_test_split(torch.arange(len(labels)), test_size=0.25, random_state=seed, stratify=labels)
+    split = train_test_split(
+        torch.arange(len(labels), dtype=torch.int64, device="cpu"), test_size=0.25, random_state=seed, stratify=labels
+    )
     train_index, test_index = (torch.as_tensor(part) for part in split)
     return Digits(images[train_index], labels[train_index], images[test_index], labels[test_index])
 

@@ -10,6 +10,7 @@ import ast
 import contextlib
 import copy
 import io
+import random
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fdconv
+import fdsurgery
 from fdconv import FDConfig, FDConv2d, FDLinear, cpu_kernels
 from fdconv.composite import Convolution, per_sample, sample_weights
 
@@ -518,6 +520,63 @@ def test_symbolic_tracing_takes_layers_for_leaves() -> None:
     assert torch.equal(traced(x), model(x))
 
 
+# Whole models ------------------------------------------------------------------------------------------------------
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu", "padding": 1}
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, **kind), nn.ReLU(), nn.Conv2d(16, 16, 3, **kind), nn.Conv2d(16, 4, 3, **kind)
+    )
+
+
+@pytest.mark.parametrize("surroundings", [*SURROUNDINGS, "autocast", "no_grad", "inference_mode", "saved on cpu"])
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_models_convert_alike_in_any_surroundings(surroundings: str) -> None:
+    """And learn afterwards; the random numbers that follow are those that would have followed anyway."""
+    others: dict[str, Callable[[], Any]] = {
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+        "no_grad": torch.no_grad,
+        "inference_mode": torch.inference_mode,
+        "saved on cpu": torch.autograd.graph.save_on_cpu,
+    }
+    enter = (SURROUNDINGS | others)[surroundings]
+    source = torch.Generator("cpu").manual_seed(1)
+    x = torch.randn(2, 3, 8, 8, generator=source, dtype=torch.float32, device="cpu")
+    plain, model = net(), net()
+    states = torch.get_rng_state(), random.getstate()
+    with enter():
+        plan = fdsurgery.plan(model, example_inputs=x)
+        fdsurgery.apply(plan, model)
+    assert (torch.equal(states[0], torch.get_rng_state()), states[1]) == (True, random.getstate())
+    assert_same({"y": model(x).detach()}, {"y": plain(x).detach()}, 2e-5)
+    assert not any(tensor.is_inference() or tensor.is_meta for tensor in model.state_dict(keep_vars=True).values())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    model(x).sum().backward()
+    with enter():
+        fdsurgery.restore(model)
+    assert_same({"y": model(x).detach()}, {"y": plain(x).detach()}, 2e-5)
+
+
+def test_a_static_and_a_converted_run_see_the_same_random_numbers() -> None:
+    def draws(convert: bool) -> tuple[Tensor, float]:
+        model = net()
+        torch.manual_seed(7)
+        random.seed(7)
+        if convert:
+            fdsurgery.convert(model, example_inputs=torch.ones(2, 3, 8, 8))
+        return torch.rand(4), random.random()
+
+    static, converted = draws(False), draws(True)
+    assert torch.equal(static[0], converted[0]) and static[1] == converted[1]
+    first, second = net(), net()
+    for seed, model in ((1, first), (2, second)):  # while what is new depends on the seed
+        torch.manual_seed(seed)
+        fdsurgery.convert(model, example_inputs=torch.ones(2, 3, 8, 8))
+    assert not torch.equal(first[2].KSM_Global.fc.weight, second[2].KSM_Global.fc.weight)
+
+
 # Source ------------------------------------------------------------------------------------------------------------
 
 
@@ -537,7 +596,8 @@ def test_no_allocation_leaves_dtype_or_device_to_a_default() -> None:
         "rfftfreq",
     }
     loose = []
-    for file in sorted(Path(fdconv.__file__).parent.rglob("*.py")):
+    files = [file for package in (fdconv, fdsurgery) for file in Path(package.__file__).parent.rglob("*.py")]
+    for file in sorted(files):
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in names):
                 continue

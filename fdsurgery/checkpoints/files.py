@@ -110,7 +110,7 @@ class Checkpoint:
             at += len(chunk)
         dtype = DTYPES[stored.code]
         if not buffer:
-            return torch.empty(stored.shape, dtype=dtype)
+            return torch.empty(stored.shape, dtype=dtype, device="cpu")
         return torch.frombuffer(buffer, dtype=dtype).view(stored.shape)
 
 

@@ -299,7 +299,7 @@ def _probes(layer: nn.Conv2d | nn.Linear) -> list[Tensor]:
     source = torch.Generator().manual_seed(0)
     if layer.weight.is_meta:
         return [torch.empty(shape, **made) for shape in shapes]
-    return [torch.randn(shape, generator=source).to(**made) for shape in shapes]
+    return [torch.randn(shape, generator=source, dtype=torch.float32, device="cpu").to(**made) for shape in shapes]
 
 
 def _is_padded_same(conv: nn.Conv2d, x: Tensor, padded: Tensor) -> bool:

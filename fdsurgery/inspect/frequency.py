@@ -22,7 +22,7 @@ def kernel_response(weight: Tensor, size: int = 64) -> Tensor:
         `(size, size)`, float64; index `size // 2` is frequency 0, index 0 half a cycle a pixel.
     """
     kernels = weight.detach().to("cpu").reshape(-1, *weight.shape[-2:])
-    total = torch.zeros(size, size, dtype=torch.float64)
+    total = torch.zeros(size, size, dtype=torch.float64, device="cpu")
     for some in kernels.split(_KERNELS_AT_ONCE):
         total += torch.fft.fft2(some.double(), s=(size, size)).abs().sum(0)
     return torch.fft.fftshift(total / len(kernels))
