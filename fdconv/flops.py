@@ -123,7 +123,7 @@ def _positions(layer: FDConv2d | FDLinear, sample_shape: Sequence[int]) -> int:
     """Number of times that each weight is used."""
     if isinstance(layer, FDLinear):
         return prod(sample_shape[:-1])
-    left, right, top, bottom = layer._reversed_padding_repeated_twice
+    left, right, top, bottom = layer._pads()
     padded = (sample_shape[-2] + top + bottom, sample_shape[-1] + left + right)
     return prod(output_size(padded, layer.kernel_size, layer.stride, layer.dilation))
 

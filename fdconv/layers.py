@@ -14,13 +14,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx, nn
 from torch._prims_common import make_channels_last_2d_strides_for, make_contiguous_strides_for
+from torch.nn.modules.utils import _pair
 
 from .bands import BandModulation
 from .composite import Convolution, WeightShape, sample_weights
 from .config import FDConfig
 from .filter_scale import filter_multiple
 from .functional import frequency_dynamic
-from .lazy import LazyTensor, read_when_run
+from .lazy import LazyTensor, read_when_run, refuse_where_lost
 from .modulation import Factors, GlobalModulation, LocalModulation, ZeroInit
 from .precision import exact_dtype, fft_dtype, holds_no_values, without_autocast
 from .spectrum import (
@@ -99,6 +100,7 @@ class FrequencyDynamic(nn.Module):
         if name != "weight":
             super().__setattr__(name, value)
         elif not (isinstance(value, LazyTensor) and value.stands_for(self)):  # else it is the end of `weight *= 2`
+            refuse_where_lost(self)
             self.adopt_weight(value)
             if isinstance(value, nn.Parameter):
                 self.dft_weight.requires_grad_(value.requires_grad)
@@ -482,9 +484,16 @@ class FDConv2d(FrequencyDynamic, nn.Conv2d):  # type: ignore[misc, override]  # 
         self._hand_over(conv)
         return conv
 
+    def _pads(self) -> tuple[int, ...]:
+        """Left, right, top and bottom."""
+        if self.padding_mode != "zeros" or isinstance(self.padding, str):
+            return tuple(self._reversed_padding_repeated_twice)
+        top, left = _pair(self.padding)  # asked at each call, as nn.Conv2d does: dilation is put in by some afterwards
+        return left, left, top, top
+
     def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """The input with the padding that a convolution cannot do itself, and the one that it can."""
-        left, right, top, bottom = self._reversed_padding_repeated_twice
+        left, right, top, bottom = self._pads()
         if self.padding_mode != "zeros":
             return nn.functional.pad(x, (left, right, top, bottom), mode=self.padding_mode), (0, 0)
         if (left, top) == (right, bottom):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -95,6 +95,18 @@ _REFUSED = (
         )
         for name in ("weight_norm", "spectral_norm", "parametrize", "parametrizations")
     ),
+    _Refused(
+        "torch/nn/utils/_named_member_accessor.py",
+        ".*",
+        "functional_call puts a tensor there for one call, and a static weight would stay; give it the layer's "
+        "dft_weight, or put the plain layer back first (fdsurgery.restore)",
+    ),
+    _Refused(
+        "torch/utils/mkldnn.py",
+        ".*",
+        "it would put a plain layer in this one's place, without its modulation. Models with dynamic layers run on "
+        "CPUs as they are; see fdsurgery.compile_for_inference",
+    ),
 )
 
 _FOLDS = _Refused(
@@ -109,6 +121,7 @@ _FOLDS = _Refused(
 _QUIET = (
     ("torch/nn/init.py", ".*"),  # which reads what it is about to overwrite
     ("torch/nn/utils/fusion.py", "fuse_(conv|linear)_bn_weights"),  # whose result is assigned: a scale of each filter
+    ("torch/nn/utils/memory_format.py", "convert_conv.*"),  # whose result is assigned: the same values
 )
 """Code that may read the weight whatever the modulation."""
 
@@ -143,6 +156,10 @@ def _refusal(frame: FrameType | None) -> tuple[FrameType, _Refused] | None:
     """Where, among the functions that are running, the weight may not be read, and why."""
     if frame is not None and re.fullmatch(_FOLDS.function, frame.f_code.co_name):
         return frame, _FOLDS
+    return _listed(frame)
+
+
+def _listed(frame: FrameType | None) -> tuple[FrameType, _Refused] | None:
     while frame is not None:
         for place in _REFUSED:
             if _path(frame).endswith(place.file) and re.fullmatch(place.function, frame.f_code.co_name):
@@ -151,20 +168,33 @@ def _refusal(frame: FrameType | None) -> tuple[FrameType, _Refused] | None:
     return None
 
 
+def _refuse(owner: Owner, where: FrameType, place: _Refused) -> NoReturn:
+    raise WeightReadError(
+        f"the weight of a dynamic layer, {_short(owner)}, cannot be used by {where.f_code.co_name} ({_place(where)}): "
+        f"{place.remedy}"
+    )
+
+
+def refuse_where_lost(owner: Owner) -> None:
+    """Raise `WeightReadError` where the code that assigns a weight means something else by it."""
+    listed = _listed(_reader())
+    if listed is not None:
+        _refuse(owner, *listed)
+
+
 def _told(owner: Owner, computing: bool = True) -> None:
     """Refuse a read, or warn of it, where that is due."""
     frame = _reader()
     quiet = any(_path(frame).endswith(file) and re.fullmatch(name, frame.f_code.co_name) for file, name in _QUIET)
     refused = None if quiet else _refusal(frame)
-    name = f"the weight of a dynamic layer, {_short(owner)},"
     if refused is not None:
-        where, place = refused
-        raise WeightReadError(f"{name} cannot be used by {where.f_code.co_name} ({_place(where)}): {place.remedy}")
+        _refuse(owner, *refused)
     if not computing or quiet or owner.is_neutral():
         return
     message = (
-        f"{_place(frame)} computes with {name} which is its static weight: the layer's modulation, which is not "
-        "neutral, is left out. Call the layer, or layer.sample_weights(x) for the weights that samples are given"
+        f"{_place(frame)} computes with the weight of a dynamic layer, {_short(owner)}, which is its static weight: "
+        "the layer's modulation, which is not neutral, is left out. Call the layer, or layer.sample_weights(x) for the "
+        "weights that samples are given"
     )
     if _strict:
         raise WeightReadError(message)
