@@ -61,8 +61,12 @@ def modulated(model: nn.Module, x: Tensor) -> nn.Module:
     """Converted, with modulation that tells, and statistics that follow it."""
     fdsurgery.settle_(model, x)
     model = stir(fdsurgery.convert(model, example_inputs=x)).train()
-    for _ in range(5):
-        model(x)
+    momenta = {norm: norm.momentum for norm in model.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)}
+    for norm in momenta:
+        norm.momentum = 1.0  # or deep models without a path around their layers overflow
+    model(x)
+    for norm, momentum in momenta.items():
+        norm.momentum = momentum
     return model.eval()
 
 
@@ -150,17 +154,17 @@ def test_ultralytics_folds_into_dynamic_layers(
     scores = lambda model: torch.cat([part.flatten() for part in raw(model(x))])  # noqa: E731
     model = modulated(model, x)
     expected = scores(model)
-    assert relative_error(scores(fdsurgery.restore(copy.deepcopy(model))), expected) > 1e-2
+    assert relative_error(scores(fdsurgery.restore(copy.deepcopy(model))), expected) > 3e-3
     for prepare in (lambda model: model, lambda model: fdsurgery.fuse_norms(model, example_inputs=x)):
         fused = prepare(copy.deepcopy(model))
-        assert relative_error(scores(fused), expected) < 1e-3
+        assert relative_error(scores(fused), expected) < 5e-4
         try:
             fused.fuse(verbose=False)
         except WeightReadError as error:
             assert merges and re.search(REMEDY, str(error))
             continue
         assert dynamic(fused) == dynamic(model)
-        assert relative_error(scores(fused), expected) < 1e-3
+        assert relative_error(scores(fused), expected) < 5e-4
 
 
 def raw(output: Any) -> list[Tensor]:
