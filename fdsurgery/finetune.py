@@ -15,6 +15,7 @@ from fdconv import FDConv2d, FDLinear
 from fdconv.bands import BandEdges
 
 from .errors import FineTuningError, UnsupportedModelError, near_misses
+from .operators import operator_of
 from .recipe import Recipe, detect_recipe, load_recipe
 from .wrappers import inner_of
 
@@ -34,11 +35,12 @@ class _Entry:
     layer: str | None = None
     """Name of the dynamic layer that holds it; None outside of all."""
     part: Part = "other"
+    makes_weight: bool = False
 
     @property
     def plain_name(self) -> str:
         """The parameter of the plain model in whose place it is: the weight, for whatever makes a weight."""
-        return self.name if self.part == "other" else _joined(self.layer, "weight")
+        return _joined(self.layer, "weight") if self.makes_weight else self.name
 
 
 def param_groups(
@@ -229,16 +231,19 @@ def optimizer_after_surgery(optimizer: OptimizerT, model: nn.Module, before: Map
 
 def _entries(model: nn.Module) -> Iterator[_Entry]:
     """The parameters of a model, each once."""
-    inside: dict[nn.Parameter, tuple[str, Part]] = {}
+    inside: dict[nn.Parameter, tuple[str, Part, bool]] = {}
     for prefix, layer in model.named_modules():
-        if isinstance(layer, (FDConv2d, FDLinear)):
-            for parameter in layer.parameters():
-                inside[parameter] = (prefix, "modulation")
-            inside[layer.dft_weight] = (prefix, "spectrum")
-            if layer.bias is not None:
-                inside[layer.bias] = (prefix, "other")
+        if operator_of(layer) is None:
+            continue
+        known = isinstance(layer, (FDConv2d, FDLinear))
+        for parameter in layer.parameters():
+            inside[parameter] = (prefix, "modulation" if known else "other", True)
+        if known:
+            inside[layer.dft_weight] = (prefix, "spectrum", True)
+        if isinstance(bias := layer.bias, nn.Parameter):
+            inside[bias] = (prefix, "other", False)
     for name, parameter in model.named_parameters():
-        yield _Entry(name, parameter, *inside.get(parameter, (None, "other")))
+        yield _Entry(name, parameter, *inside.get(parameter, (None, "other", False)))
 
 
 def _undecayed(model: nn.Module, entries: Sequence[_Entry]) -> set[nn.Parameter]:
@@ -311,7 +316,10 @@ def _nothing_meant(wanted: str, entries: Sequence[_Entry]) -> str:
     if wanted in SELECTIONS:
         dynamic = any(entry.layer is not None for entry in entries)
         return f"nothing to train as {wanted!r}: " + (
-            "the dynamic layers have no modulation" if dynamic else "the model has no dynamic layer; convert it first"
+            "the dynamic layers have no modulation, or are of an operator that does not tell which parameters that is; "
+            "name these by patterns"
+            if dynamic
+            else "the model has no dynamic layer; convert it first"
         )
     known = [*SELECTIONS, *(entry.name for entry in entries)]
     return f"no parameter matches {wanted!r}, and it is none of {', '.join(SELECTIONS)}{near_misses(wanted, known)}"

@@ -19,6 +19,7 @@ from fdconv.prepared import prepare
 
 from .errors import DiscoveryError, UnsupportedModelError
 from .norms import fuse_norms
+from .operators import operator_of
 from .rewrite.supported import refuse_unsupported
 
 GRAPHS = 8
@@ -60,7 +61,7 @@ def compile_for_inference(model: nn.Module, *, example_inputs: Any = None) -> nn
         DiscoveryError: the model does not run with `example_inputs`.
     """
     refuse_unsupported(model)
-    if not any(isinstance(layer, (FDConv2d, FDLinear)) for layer in model.modules()):
+    if all(operator_of(layer) is None for layer in model.modules()):
         raise UnsupportedModelError(
             f"this {type(model).__name__} has no dynamic layers to prepare: convert it first, fdsurgery.convert(model)"
         )
@@ -69,7 +70,8 @@ def compile_for_inference(model: nn.Module, *, example_inputs: Any = None) -> nn
     shared = [*model.parameters(), *model.buffers()]
     fast = copy.deepcopy(model, {id(tensor): tensor for tensor in shared}).eval()
     try:
-        fuse_norms(fast, example_inputs=example_inputs)
+        if any(isinstance(layer, (FDConv2d, FDLinear)) for layer in fast.modules()):
+            fuse_norms(fast, example_inputs=example_inputs)
     except DiscoveryError:
         if example_inputs is not None:
             raise

@@ -159,7 +159,10 @@ class Plan:
         from .report import in_units
 
         added = f"+{in_units(self.multiply_adds_added)} multiply-adds a sample"
-        if self.multiply_adds:
+        untold = sorted({str(one.operator) for one in self.swaps if not one.multiply_adds_by_component})
+        if untold:
+            added = f"multiply-adds not counted for {', '.join(untold)}"
+        elif self.multiply_adds:
             added += f" (+{self.multiply_adds_added / self.multiply_adds:.0%} of {in_units(self.multiply_adds)})"
         return (
             f"{self.model_class}: {len(self.swaps)} of {len(self.decisions)} sites swapped, "

@@ -316,7 +316,11 @@ def _planned_layers(fit: Fit, made: Plan) -> dict[str, Layer]:
         if code in _FLOATS:
             template = template.to(DTYPES[code])
         dynamic = get_operator(decision.operator).replace(template, decision.settings)
-        assert isinstance(dynamic, (FDConv2d, FDLinear))
+        if not isinstance(dynamic, (FDConv2d, FDLinear)):
+            raise CheckpointError(
+                f"{fqn}: checkpoints are converted to layers of fdconv, and the recipe asks for {decision.operator!r}; "
+                "load the checkpoint into the plain model, then convert and save that"
+            )
         layer = Layer(fqn, template, decision.settings, dynamic)
         layers |= dict.fromkeys((fqn, *decision.site.aliases), layer)
     return layers

@@ -72,11 +72,11 @@ def find_cautions(flow: Flow) -> dict[str, str]:
 
 
 def _of_the_layer(name: str, layer: nn.Module) -> str | None:
-    from fdconv import FDConv2d, FDLinear
+    from ..operators import operator_of  # which builds on this package
 
     if not name:
         return "it is the whole model; put it into a module, and that module can be converted"
-    if isinstance(layer, (FDConv2d, FDLinear)):
+    if operator_of(layer) is not None:
         return "it is dynamic already"
     if "forward" in vars(layer) and "_hf_hook" not in vars(layer):
         return "its forward was replaced on this very module, and would be lost with it"

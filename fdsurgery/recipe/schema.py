@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from fdconv import FDConfig
 
 from ..errors import RecipeError, near_misses
-from ..operators import get_operator
+from ..operators import OPERATORS, get_operator
 from .conditions import Patterns, Where
 from .rules import Delegate, Figures, FineTune, KeepRule, Match, SwapRule
 from .yaml_source import KeyPath, YamlSource
@@ -156,6 +156,9 @@ def json_schema() -> dict[str, Any]:
     """The JSON schema of a recipe file, by which editors complete and check one."""
     schema = RecipeFile.model_json_schema()
     settings = {field.name: {"description": f"fdconv: default {field.default!r}"} for field in fields(FDConfig)}
+    for operator in OPERATORS.values():
+        for key, default in operator.settings({}).items():
+            settings.setdefault(key, {"description": f"{operator.name}: default {default!r}"})
     schema["$defs"]["SwapEntry"]["properties"]["with"]["properties"] = settings
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "fdsurgery recipe"}
 

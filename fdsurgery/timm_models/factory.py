@@ -69,6 +69,8 @@ def build(
         decided = plan(model, recipe)
         recipe = decided.recipe if recipe == "auto" else recipe
         surgery.apply(decided, model)
+    if pretrained and tensors is None:  # of an operator whose tensors only its layers tell
+        tensors = weights.converted_tensors(arguments, model)
     # timm's push_to_hf_hub writes it down; a timm that does not know us refuses to build a model with it.
     noted: Any = getattr(model, "_model_args", {})
     model._model_args = {**noted, "recipe": recipe}  # type: ignore[assignment]

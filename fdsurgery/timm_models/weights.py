@@ -69,7 +69,7 @@ class PlainCheckpoints:
         plain = [name for name in dynamic if f"{prefix}{name}.weight" in state_dict]
         if not plain:
             return
-        half = [name for name in dynamic if f"{prefix}{name}.dft_weight" in state_dict]
+        half = [name for name, layer in dynamic.items() if f"{prefix}{name}.{_mark(layer)}" in state_dict]
         if half:
             errors.append(
                 f"{len(plain)} layers that are dynamic in this model are plain in the checkpoint, {plain[0]!r} first, "
@@ -102,18 +102,22 @@ class PlainCheckpoints:
         return renewed
 
 
-def converted_tensors(arguments: dict[str, Any]) -> dict[str, Tensor] | None:
+def converted_tensors(arguments: dict[str, Any], model: nn.Module | None = None) -> dict[str, Tensor] | None:
     """The weights that the arguments of an entry point name in a place of their own, if a converted model has them.
 
     Args:
         arguments: with `pretrained_cfg` and `pretrained_cfg_overlay`.
+        model: with its dynamic layers in place, to recognise those of any operator; without it those of fdconv.
 
     Returns:
         The state dict; None for weights of a plain model, such as all those in timm's registry.
     """
     tensors = _read(_settings(arguments), arguments.get("cache_dir"))
-    dynamic = tensors is not None and any(key.endswith(".dft_weight") for key in tensors)
-    return tensors if dynamic else None
+    if tensors is None:
+        return None
+    if model is not None:
+        return tensors if _renamed(tensors, _marks(model)) else None
+    return tensors if any(key.endswith(".dft_weight") for key in tensors) else None
 
 
 def load_converted(model: nn.Module, tensors: dict[str, Tensor], arguments: dict[str, Any]) -> None:
@@ -247,9 +251,19 @@ def _without_wrapper(name: str) -> str:
     return name
 
 
+def _mark(layer: nn.Module) -> str:
+    """A name in a dynamic layer's state dict that a plain layer's has not."""
+    return next(leaf for leaf in layer.state_dict() if leaf not in ("weight", "bias"))
+
+
+def _marks(model: nn.Module) -> list[str]:
+    layers = model.named_modules()
+    return [f"{name}.{_mark(layer)}" for name, layer in layers if operator_of(layer) is not None]
+
+
 def _check_complete(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """See that every dynamic layer was there, as timm only logs what is missing where a head is adapted."""
-    own = [f"{name}.dft_weight" for name, layer in model.named_modules() if operator_of(layer) is not None]
+    own = _marks(model)
     found = _renamed(tensors, own)
     missing = [name for name in own if name not in found]
     if missing:
