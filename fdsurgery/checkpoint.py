@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .errors import CheckpointError, SurgeryError, near_misses
-from .huggingface.description import Origin, describe
+from .huggingface.description import Origin, check_plan, describe
 from .likeness import first_difference
 from .operators import get_operator, operator_of
 from .planning import Plan
@@ -67,7 +67,8 @@ def _save(model: nn.Module, folder: Path, source: Source | None, plan: Plan | No
     if not layers:
         raise CheckpointError("the model has no dynamic layers; convert it first, or save it as you would without us")
     tensors = _tensors_once(model)
-    describe(model, None if plan is None else Origin.of(plan))  # layers may have been put back by hand since
+    check_plan(plan, model)
+    describe(model, None if plan is None else Origin.of(plan, model))  # layers may have been put back by hand since
     source = infer(model) if source is None else source
     _check_source(model, source)
     if folder.exists() and not folder.is_dir():

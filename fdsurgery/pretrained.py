@@ -15,10 +15,11 @@ from torch import nn
 
 from . import checkpoint
 from .errors import CheckpointError, SurgeryError, near_misses
-from .huggingface.card import model_card
-from .huggingface.description import Origin, describe, is_description, is_transformers_model
+from .huggingface.card import is_own_card, model_card
+from .huggingface.description import Origin, check_plan, describe, is_description, is_transformers_model
 from .operators import operator_of
 from .planning import Plan
+from .verification import Verification
 
 CONFIG = "config.json"
 CARD = "README.md"
@@ -26,17 +27,25 @@ _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
-def save_pretrained(model: nn.Module, folder: str | Path, *, plan: Plan | None = None, **kwargs: Any) -> Path:
+def save_pretrained(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    plan: Plan | None = None,
+    verification: Verification | None = None,
+    **kwargs: Any,
+) -> Path:
     """Save a converted model so that `from_pretrained` builds it again, in a fresh process and on any device.
 
     A transformers model becomes a folder as transformers writes it: `config.json` names the dynamic layers with their
-    settings, and a model card is added where there is none. `AutoModel...from_pretrained` loads it once `fdsurgery` is
-    imported. Other models are saved by `fdsurgery.save`.
+    settings, and a model card is added where there is none but an earlier one of ours. `AutoModel...from_pretrained`
+    loads it once `fdsurgery` is imported. Other models are saved by `fdsurgery.save`.
 
     Args:
         model: the converted model, trained or not.
         folder: made if need be. Its other files stay; weights of an earlier save are replaced once all is written.
         plan: kept for the record of which rule swapped what.
+        verification: what `verify` measured after the conversion, for the model card.
         **kwargs: passed to transformers' `save_pretrained`, e.g. `max_shard_size`, or to `fdsurgery.save`, e.g.
             `source`.
 
@@ -44,7 +53,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, plan: Plan | None =
         The folder.
 
     Raises:
-        CheckpointError: the model has no dynamic layers, or the folder cannot be written; it is then as it was.
+        CheckpointError: the model has no dynamic layers, the plan or the verification is of another model, or the
+            folder cannot be written; it is then as it was.
     """
     folder = Path(folder)
     if not is_transformers_model(model):
@@ -55,14 +65,18 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, plan: Plan | None =
         raise CheckpointError("save_pretrained writes folders; upload the folder, or call model.push_to_hub")
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; give a folder")
-    describe(model, None if plan is None else Origin.of(plan))
+    check_plan(plan, model)
+    dynamic = {fqn for fqn, layer in model.named_modules() if operator_of(layer) is not None}
+    if verification is not None and {layer.fqn for layer in verification.layers} != dynamic:
+        raise CheckpointError("the verification is not of this model: it is of other layers than are dynamic here")
+    describe(model, None if plan is None else Origin.of(plan, model))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
             fresh = Path(scratch) / "fresh"
             model.save_pretrained(fresh, **kwargs)  # type: ignore[operator]
-            if not (folder / CARD).exists():
-                (fresh / CARD).write_text(model_card(model, plan), encoding="utf-8")
+            if not (folder / CARD).exists() or is_own_card((folder / CARD).read_bytes()):
+                (fresh / CARD).write_text(model_card(model, plan, verification), encoding="utf-8")
             _move_into(folder, fresh)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be written: {_first_line(error)}") from error

@@ -110,7 +110,7 @@ def carry_out(plan: Plan, seen: Observation, model: nn.Module) -> nn.Module:
             raise RewriteError(f"{decision.site.name}: {type(error).__name__}: {error}; nothing was changed") from error
     with swapped(model, replacements):
         _check_in_use(model, plan, seen)
-    describe(model, Origin.of(plan))
+    describe(model, Origin.of(plan, model))
     return model
 
 

@@ -25,6 +25,7 @@ from fdconv import FDConv2d, FDLinear
 from fdsurgery import CheckpointError
 from fdsurgery.discovery import observe
 from fdsurgery.huggingface.description import NOTICE, describe
+from fdsurgery.recipe import parse_recipe
 
 Inputs = dict[str, Tensor]
 
@@ -493,6 +494,49 @@ def test_the_card_says_what_it_is_and_yours_stays(tmp_path: Path) -> None:
     fdsurgery.save_pretrained(other, tmp_path / "other")
     assert "recipe: `vit`" in (tmp_path / "other" / "README.md").read_text()
     assert "multiply-adds" not in (tmp_path / "other" / "README.md").read_text(), "another class costs something else"
+
+
+def test_the_card_claims_nothing_that_is_not_so(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, inputs = MODELS["vit"]()
+    before = copy.deepcopy(model)
+    plan = fdsurgery.plan(model, example_inputs=inputs)
+    first = plan.keeping("vit.layers.1.*", because="later")
+    fdsurgery.apply(first, model)
+    checked = fdsurgery.verify(before, model, inputs)
+    with pytest.raises(
+        CheckpointError, match=r"the plan is not that of this model: 2 dynamic layers differ, 'vit\.layers"
+    ):
+        fdsurgery.save_pretrained(model, tmp_path / "saved", plan=plan)
+    assert not any(tmp_path.iterdir())
+    fdsurgery.save_pretrained(model, tmp_path / "saved", plan=first, verification=checked)
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert checked.worst is not None and f"checked after the conversion: {checked}" in card
+    assert f"largest relative error {checked.worst.relative_error:.1e} in {checked.worst.fqn!r}" in card
+
+    # A second conversion: the first one's plan, check, recipe and cost are then those of a part.
+    fdsurgery.convert(model, parse_recipe("swap: [{where: {name: '*layers.1.mlp*'}}]"), example_inputs=inputs)
+    for record in ({"plan": first}, {"verification": checked}):
+        with pytest.raises(CheckpointError, match=r"not (that )?of this model"):
+            fdsurgery.save_pretrained(model, tmp_path / "saved", **record)
+    fdsurgery.save_pretrained(model, tmp_path / "saved")
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "dynamic layers: 4" in card and not any(word in card for word in ("recipe:", "multiply-adds", "checked"))
+
+
+class OwnViT(transformers.ViTForImageClassification):
+    """A class that only this file knows."""
+
+
+def test_the_card_of_an_own_class_says_how_that_loads(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, inputs = MODELS["vit"]()
+    own = fdsurgery.convert(OwnViT(model.config).eval(), example_inputs=inputs)
+    fdsurgery.save_pretrained(own, tmp_path / "saved")
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "`OwnViT` of `test_pretrained`" in card and "from test_pretrained import OwnViT" in card
+    assert "fdsurgery.from_pretrained" not in card
+    assert isinstance(OwnViT.from_pretrained(tmp_path / "saved"), OwnViT)
 
 
 def test_the_config_tells_of_dynamic_layers_only_while_there_are_any(tmp_path: Path) -> None:

@@ -52,8 +52,10 @@ class Origin:
     """By the dynamic layers."""
 
     @staticmethod
-    def of(plan: Plan) -> Origin:
-        """What a plan tells."""
+    def of(plan: Plan, model: nn.Module) -> Origin:
+        """What a plan tells of a model; nothing if the model has other dynamic layers than those of the plan."""
+        if not is_plan_of(plan, model):
+            return Origin()
         return Origin(plan.recipe, plan.multiply_adds or None, plan.multiply_adds_added or None)
 
 
@@ -210,6 +212,32 @@ def describe(model: nn.Module, origin: Origin | None = None) -> None:
             vars(part.config).pop("fusion_config", None)
             if fusions:
                 part.config.fusion_config = fusions
+
+
+def is_plan_of(plan: Plan, model: nn.Module) -> bool:
+    """True if a plan's swaps are the dynamic layers that a model has, with their operators and settings."""
+    return not _unlike(plan, model)
+
+
+def check_plan(plan: Plan | None, model: nn.Module) -> None:
+    """Raise `CheckpointError`, with the first difference, if a plan to be kept on record is not that of the model."""
+    different = [] if plan is None else _unlike(plan, model)
+    if different:
+        raise CheckpointError(
+            f"the plan is not that of this model: {len(different)} dynamic layers differ, {different[0]!r} first; pass "
+            "the plan that was applied, or none"
+        )
+
+
+def _unlike(plan: Plan, model: nn.Module) -> list[str]:
+    """Layers that are swapped by a plan or dynamic in a model, but not alike in both."""
+    has = {
+        name: (operator.name, operator.settings_of(layer))
+        for name, layer in model.named_modules()
+        if (operator := operator_of(layer)) is not None
+    }
+    told = {one.site.name: (one.operator, one.settings) for one in plan.swaps}
+    return [name for name in {**has, **told} if has.get(name) != told.get(name)]
 
 
 def is_description(quantization_config: Any) -> bool:
