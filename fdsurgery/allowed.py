@@ -10,11 +10,14 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .errors import CheckpointError, near_misses
 
@@ -115,6 +118,49 @@ def transformers_config(config: dict[str, Any], where: str) -> dict[str, Any]:
     """
     plain(config, where)
     return _clean(config, where)
+
+
+def kernels_in(config: Any) -> str | None:
+    """The first entry of a config by which transformers would fetch compiled code to compute with."""
+    for entry in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
+        if (found := kernels_in(entry)) is not None:
+            return found
+    for name, value in config.items() if isinstance(config, dict) else ():
+        chosen = name in (*_ATTENTION, "experts_implementation") and value not in (None, *_HARMLESS_ATTENTION)
+        if chosen or (name in ("use_kernels", "kernel_config") and value):
+            return f"{name}: {_shown(value)}"
+    return None
+
+
+@contextmanager
+def no_larger_than(tensors: int, values: int, where: str) -> Iterator[None]:
+    """Stop this thread as soon as it builds a model several times larger than the weights that are there for it.
+
+    A few digits of a file may ask for any size.
+
+    Args:
+        tensors: that there are weights for.
+        values: in them.
+        where: what asks for the model, and begins the message.
+
+    Raises:
+        CheckpointError: in the body, at the parameter that is too much.
+    """
+    thread = threading.get_ident()
+    left = [4 * tensors + 1000, 4 * values + 10**6]
+
+    def count(module: nn.Module, name: str, parameter: Any) -> None:
+        if threading.get_ident() == thread and isinstance(parameter, nn.Parameter):
+            left[0] -= 1
+            left[1] -= parameter.numel()
+            if min(left) < 0:
+                raise CheckpointError(f"{where} builds a larger model than its weights are for")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _check_plain(value: Any, where: str, greatest: int, level: int, left: list[int]) -> None:

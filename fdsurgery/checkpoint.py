@@ -14,8 +14,7 @@ import copy
 import json
 import os
 import tempfile
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from .allowed import no_larger_than
 from .errors import CheckpointError, SurgeryError, near_misses
 from .huggingface.description import Origin, check_plan, describe
 from .likeness import first_difference
@@ -224,39 +223,12 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _rebuilt(source: Source, tensors: dict[str, Tensor], folder: Path) -> nn.Module:
-    """The plain model, built only as far as there are tensors for it: a few digits of a source may ask for any size."""
     held = sum(tensor.numel() for tensor in tensors.values())
-    allowed = (4 * len(tensors) + 1000, 4 * held + 10**6)
-    left = list(allowed)
-
-    def count(module: nn.Module, name: str, parameter: Any) -> None:
-        if isinstance(parameter, Tensor):
-            left[0] -= 1
-            left[1] -= parameter.numel()
-            if min(left) < 0:
-                raise CheckpointError(f"{folder / DESCRIPTION}: its source builds a larger model than {WEIGHTS} holds")
-
-    with _counted(count):
-        with contextlib.suppress(SourceError), torch.device("meta"):  # some builders cannot run on meta
-            rebuild(source)
-        left[:] = allowed
+    where = f"{folder / DESCRIPTION}: its source"
+    with contextlib.suppress(SourceError), no_larger_than(len(tensors), held, where), torch.device("meta"):
+        rebuild(source)  # without memory first; some builders cannot run there
+    with no_larger_than(len(tensors), held, where):
         return rebuild(source)
-
-
-@contextlib.contextmanager
-def _counted(count: Callable[[nn.Module, str, Any], None]) -> Iterator[None]:
-    """Call a function with each parameter that this thread gives to a module."""
-    thread = threading.get_ident()
-
-    def hook(module: nn.Module, name: str, parameter: Any) -> None:
-        if threading.get_ident() == thread:
-            count(module, name, parameter)
-
-    handle = register_module_parameter_registration_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _match_dtypes(model: nn.Module, tensors: dict[str, Tensor], buffers: dict[str, Any]) -> None:
@@ -406,6 +378,8 @@ def _read_description(folder: Path) -> dict[str, Any]:
         if not isinstance(description["layers"], dict) or not isinstance(description.get("buffers") or {}, dict):
             raise CheckpointError("layers and buffers are mappings by name")
         for entry in description["layers"].values():
+            if not isinstance(entry["operator"], str) or not isinstance(entry["settings"], dict):
+                raise CheckpointError("an operator is a name, and its settings are a mapping")
             get_operator(entry["operator"]).settings(entry["settings"])
         folded = description.get("folded", [])
         if not isinstance(folded, list) or not all(isinstance(fqn, str) for fqn in folded):

@@ -5,9 +5,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 5000
+"""Characters of a message. Only what a damaged file holds makes one that long."""
+
 
 class SurgeryError(ValueError):
     """Base of all errors raised on purpose. The message says what was wrong, where, and what would be right."""
+
+    def __init__(self, message: str = "") -> None:
+        # A message quotes what a file holds, and half a surrogate pair of it could not even be printed.
+        text = message.encode("utf-8", "backslashreplace").decode()
+        super().__init__(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 100]} ... {text[-90:]}")
 
 
 class RecipeError(SurgeryError):

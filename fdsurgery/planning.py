@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from fdconv import FDConv2d, FDLinear, layer_cost
@@ -142,17 +144,24 @@ class Plan:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise PlanError(f"not a plan of format {FORMAT}: found {found!r}")
+        known = {entry.name for entry in fields(Plan)} - {"example_inputs"}
         try:
-            return Plan(
-                data["recipe"],
-                data["recognised"],
-                data["model_class"],
-                data["tracer"],
-                tuple(_decision_from_dict(entry) for entry in data["decisions"]),
-                dict(data.get("left_out", {})),
-            )
-        except (KeyError, TypeError, ValueError) as error:
+            _check_keys(data, known | {"format"}, "the plan")
+            for entry in data.get("decisions", ()):
+                _check_keys(entry, {entry.name for entry in fields(Decision)}, "a decision")
+                _check_keys(entry.get("site"), {entry.name for entry in fields(Site)}, "a site")
+            # As JSON, in which a list may stand for a tuple while all else keeps its type.
+            text = json.dumps({name: data[name] for name in known if name in data})
+            plan = TypeAdapter(Plan).validate_json(text, strict=True)
+            for decision in plan.swaps:
+                get_operator(str(decision.operator)).settings(decision.settings)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in fault["loc"])
+            raise PlanError(f"the plan is damaged: {place.removeprefix('.')}: {fault['msg']}") from None
+        except (TypeError, ValueError, RecursionError) as error:
             raise PlanError(f"the plan is damaged: {error}") from None
+        return plan
 
     def summary(self) -> str:
         """One line: how much is swapped, by which recipe, at what cost."""
@@ -355,12 +364,9 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _decision_from_dict(data: dict[str, Any]) -> Decision:
-    site = dict(data["site"])
-    for name in ("kernel_size", "stride", "dilation", "padding", "aliases", "input_shape"):
-        if isinstance(site.get(name), list):
-            site[name] = tuple(site[name])
-    unknown = set(site) - {entry.name for entry in fields(Site)}
-    if unknown:
-        raise TypeError(f"unknown site fields {sorted(unknown)}")
-    return Decision(**{**data, "site": Site(**site)})
+def _check_keys(data: Any, known: set[str], what: str) -> None:
+    if not isinstance(data, dict):
+        raise TypeError(f"{what} is a mapping, not a {type(data).__name__}")
+    for key in data:
+        if key not in known:
+            raise TypeError(f"{what} has no {key!r}{near_misses(str(key), known)}")

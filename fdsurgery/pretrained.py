@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -14,12 +16,16 @@ from safetensors import SafetensorError
 from torch import nn
 
 from . import checkpoint
+from .allowed import kernels_in, no_larger_than, transformers_config
+from .checkpoints.files import open_checkpoint
 from .errors import CheckpointError, SurgeryError, near_misses
 from .huggingface.card import is_own_card, model_card
 from .huggingface.description import Origin, check_plan, describe, is_description, is_transformers_model
 from .operators import operator_of
 from .planning import Plan
+from .surroundings import undisturbed
 from .verification import Verification
+from .wrappers import unwrapped
 
 CONFIG = "config.json"
 CARD = "README.md"
@@ -57,8 +63,15 @@ def save_pretrained(
             folder cannot be written; it is then as it was.
     """
     folder = Path(folder)
-    if not is_transformers_model(model):
-        return checkpoint.save(model, folder, plan=plan, **kwargs)
+    with unwrapped(model) as plain_named:
+        if not is_transformers_model(plain_named):
+            return checkpoint.save(plain_named, folder, plan=plan, **kwargs)
+        return _save(plain_named, folder, plan, verification, kwargs)
+
+
+def _save(
+    model: Any, folder: Path, plan: Plan | None, verification: Verification | None, kwargs: dict[str, Any]
+) -> Path:
     if all(operator_of(layer) is None for layer in model.modules()):
         raise CheckpointError("the model has no dynamic layers; convert it first, or save it as you would without us")
     if kwargs.get("push_to_hub"):
@@ -74,7 +87,7 @@ def save_pretrained(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
             fresh = Path(scratch) / "fresh"
-            model.save_pretrained(fresh, **kwargs)  # type: ignore[operator]
+            model.save_pretrained(fresh, **kwargs)
             if not (folder / CARD).exists() or is_own_card((folder / CARD).read_bytes()):
                 (fresh / CARD).write_text(model_card(model, plan, verification), encoding="utf-8")
             _move_into(folder, fresh)
@@ -112,16 +125,32 @@ def from_pretrained(folder_or_repo: str | Path, **kwargs: Any) -> nn.Module:
             )
         return checkpoint.load(folder, **kwargs)
     model_class = _model_class(folder, config)
+    transformers_config({**config, "model_type": model_class.config_class.model_type}, str(folder / CONFIG))
+    if "attn_implementation" not in kwargs and (kernels := kernels_in(config)) is not None:
+        raise CheckpointError(
+            f"{folder / CONFIG}: {kernels} could make transformers fetch code; pass attn_implementation= yourself"
+        )
     try:
-        model, info = model_class.from_pretrained(folder, output_loading_info=True, **kwargs)
+        with undisturbed(), _bounded(folder):
+            model, info = model_class.from_pretrained(folder, output_loading_info=True, **kwargs)
     except SurgeryError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except Exception as error:  # what a damaged config makes of a constructor can be anything
         raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(f"{folder}: the weights lack {len(missing)} tensor(s) of the model, {missing[0]!r} first")
     return model
+
+
+def _bounded(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Keeps what is built to the size of the weights, where they lie as transformers writes them."""
+    try:
+        tensors = open_checkpoint(folder).tensors
+    except CheckpointError:  # transformers has more ways to name files; it says itself what is wrong with them
+        return contextlib.nullcontext()
+    values = sum(math.prod(stored.shape) for stored in tensors.values())
+    return no_larger_than(len(tensors), values, str(folder / CONFIG))
 
 
 def _move_into(folder: Path, fresh: Path) -> None:
@@ -159,7 +188,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} cannot be read: it holds a {type(config).__name__}, not a config")
@@ -168,9 +197,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _model_class(folder: Path, config: dict[str, Any]) -> Any:
     transformers = _imported("transformers")
-    name = str((config.get("architectures") or [config["quantization_config"].get("model_class")])[0])
+    given = config.get("architectures") or [config["quantization_config"].get("model_class")]
+    name = str(given[0]) if isinstance(given, list) else repr(given)
     model_class = getattr(transformers, name, None)
-    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+    known_class = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
+    if not known_class or getattr(model_class, "config_class", None) is None:
         known = [entry for entry in dir(transformers) if entry.endswith(("Model", "Classification", "Segmentation"))]
         raise CheckpointError(
             f"{folder / CONFIG}: transformers {transformers.__version__} has no model class {name!r}"

@@ -277,7 +277,11 @@ def _recorded_origin(config: Any) -> Origin:
 
 
 def _origin_from_dict(data: dict[str, Any]) -> Origin:
-    return Origin(*(data.get(entry.name) for entry in fields(Origin)))
+    origin = Origin(*(data.get(entry.name) for entry in fields(Origin)))
+    counts = (origin.multiply_adds, origin.multiply_adds_added)
+    if not isinstance(origin.recipe, str | None) or not all(isinstance(count, int | None) for count in counts):
+        raise TypeError("recipe is a name, and multiply_adds are numbers")
+    return origin
 
 
 def _folding_from_dict(data: dict[str, Any]) -> tuple[dict[str, bool], tuple[str, ...]]:
@@ -297,6 +301,8 @@ def _group_from_dict(data: dict[str, Any]) -> LayerGroup:
     shapes = data["shapes"]
     if not isinstance(shapes, dict) or not all(isinstance(shape, list) for shape in shapes.values()):
         raise TypeError("shapes must be lists by the names of layers")
+    if not isinstance(data["operator"], str) or not isinstance(data["settings"], dict):
+        raise TypeError("an operator is a name, and its settings are a mapping")
     operator = get_operator(data["operator"])
     return LayerGroup(operator.name, operator.settings(data["settings"]), shapes)
 
