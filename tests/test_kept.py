@@ -164,7 +164,7 @@ class Aside(nn.Conv2d):
         (ForgetsItsBias, "something else in training"),
         (Noisy, "draws random numbers"),
         (Masked, "at zero"),
-        (MasksInPlace, "writes to its own"),
+        (MasksInPlace, "at zero"),
         (Cut, "at zero"),
         (Writes, "writes to its own"),
         (Gated, "takes 'gate'"),

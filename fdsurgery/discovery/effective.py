@@ -20,6 +20,8 @@ from fdconv.precision import without_autocast
 
 from .twin import same_random_numbers, twin_of
 
+HOLDS_ZEROS = "holds some of its weight at zero, as masked convolutions do"
+
 
 @dataclass(frozen=True)
 class Effective:
@@ -211,11 +213,11 @@ def _of_what_it_computes_from(layer: Any, x: Tensor) -> str | None:
         before = {name: parameter.clone() for name, parameter in parameters.items()}
     call = _watch(layer, x, differentiable=bool(own))
     assert call is not None
+    if bool((call["weight"] == 0).any()):
+        return HOLDS_ZEROS
     made = [call[key] for key in ("weight", "bias") if call[key] is not None and call[key].requires_grad]
     if any(not torch.equal(parameter, before[name]) for name, parameter in parameters.items()):
         return "writes to its own parameters as it runs"
-    if bool((call["weight"] == 0).any()):
-        return "holds some of its weight at zero, as masked convolutions do"
     reached = torch.autograd.grad([value.sum() for value in made], list(own.values()), allow_unused=True) if own else ()
     for name, gradient in zip(own, reached, strict=True):
         if gradient is None:

@@ -126,7 +126,7 @@ def observe(
     if tracer != "record":
         graph, seen = _traced(model, inputs, tracer, layers), tracer
     flow = Flow(graph, layers)
-    found = _sites(model, flow)
+    found = _sites(model, flow, inputs)
     shapes = {name: tuple(shape_of(layer_input(call)) or () for call in flow.calls.get(name, ())) for name in layers}
     return Observation(graph, found, inputs, seen, shapes, flow.batch, note, hooks, _left_out(model))
 
@@ -246,7 +246,7 @@ def _left_out(model: nn.Module) -> dict[str, int]:
     return dict(kinds.most_common())
 
 
-def _sites(model: nn.Module, flow: Flow) -> tuple[Site, ...]:
+def _sites(model: nn.Module, flow: Flow, inputs: Inputs) -> tuple[Site, ...]:
     names: dict[int, list[str]] = {}
     by_name: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -254,7 +254,7 @@ def _sites(model: nn.Module, flow: Flow) -> tuple[Site, ...]:
         by_name[name] = module
     roles = find_roles(flow)
     obstacles, padded = find_obstacles(model, flow)
-    cautions = find_cautions(flow)
+    cautions = find_cautions(model, flow, inputs, obstacles)
     found: list[Site] = []
     for name, module in model.named_modules():
         seen: dict[str, Any]

@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .effective import effective_layer
+from .effective import HOLDS_ZEROS, effective_layer
 from .flow import Flow, Node, layer_input, shape_of
+from .inputs import Inputs
 from .ops import LAYOUT
+from .positions import positions_apart
 from .values import caution_in_values, obstacle_in_values
 
 MOST_WEIGHTS = 32
@@ -56,19 +58,40 @@ def find_obstacles(model: nn.Module, flow: Flow) -> tuple[dict[str, str], set[st
     return found, padded
 
 
-def find_cautions(flow: Flow) -> dict[str, str]:
+def find_cautions(model: nn.Module, flow: Flow, inputs: Inputs, obstacles: Mapping[str, str]) -> dict[str, str]:
     """For every layer that has one, the reason for which a dynamic layer in its place would change the model's meaning.
 
     Args:
+        model: the model whose forward `flow` shows; its layers have the names used there.
         flow: one forward of the model.
+        inputs: what it was called with.
+        obstacles: what `find_obstacles` found.
     """
+    masked = {name: f"{name!r} {HOLDS_ZEROS}" for name, reason in obstacles.items() if HOLDS_ZEROS in reason}
+    apart = positions_apart(model, flow, inputs, masked)
     found: dict[str, str] = {}
     for name, layer in flow.layers.items():
         weight = layer._parameters.get("weight")
-        reason = None if weight is None else caution_in_values(weight)
+        reason = apart.get(name) or _packed(flow, name) or (None if weight is None else caution_in_values(weight))
         if reason:
             found[name] = reason
     return found
+
+
+def _packed(flow: Flow, name: str) -> str | None:
+    """Several samples in one entry of the first axis, which is given one weight for all."""
+    calls = flow.calls.get(name, [])
+    is_conv = isinstance(flow.layers[name], nn.Conv2d)
+    for call in calls:
+        shape = shape_of(layer_input(call)) or ()
+        first = shape[0] if len(shape) > (3 if is_conv else 2) or (len(shape) == 3 and not is_conv) else flow.batch
+        # Samples that are taken one after the other have a call each.
+        if first * len(calls) < flow.batch and layer_input(call) in flow.from_input:
+            return (
+                f"its input {shape} holds a batch of {flow.batch} in {first}: samples packed together would be given "
+                "one weight, made from all of them"
+            )
+    return None
 
 
 def _of_the_layer(name: str, layer: nn.Module) -> str | None:

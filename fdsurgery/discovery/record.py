@@ -24,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .inputs import Inputs
 from .ops import DROPOUT, LAYOUT, canonical_name
-from .twin import same_random_numbers, twin_of
+from .twin import original_of, same_random_numbers, twin_of
 
 LAYERS = (nn.Conv2d, nn.Linear)
 
@@ -161,11 +161,15 @@ class _Recorder(TorchFunctionMode):
         elif name == "__set__" and len(args) == 2 and isinstance(args[1], Tensor):  # x.data = y
             self._rewrite(args[0], self._node_of(args[1]))
         elif _has_tensor(value):
+            if not reads[0] and not reads[1]:  # what a constant is made from
+                reads = self._written(args), self._written(kwargs)
             if value is (args[0] if args else None) and canonical_name(name) in LAYOUT | DROPOUT:
                 return value  # nothing to do, nothing done: the tensor came back as it was
             is_method = getattr(torch.Tensor, name, None) is func
             op, target = ("call_method", name) if is_method else ("call_function", func)
-            self._emit(op, target, reads[0], reads[1], value)
+            node = self._emit(op, target, reads[0], reads[1], value)
+            if name == "flex_attention" and len(args) > 4:
+                node.meta["mask_mod"] = args[4][-1]  # a function of indices
         return value
 
     def place(self, path: str, tensor: Tensor) -> None:
@@ -216,6 +220,8 @@ class _Recorder(TorchFunctionMode):
         if node is None:
             # Seen for the first time as an argument: a weight, or a constant that nothing of ours computed.
             node = self._create("get_attr", self.names.get(tensor, "<constant>"), (), {}, tensor)
+            if node.target == "<constant>":
+                node.meta["value"] = original_of(tensor)
             self.producers[tensor] = node
         return node
 

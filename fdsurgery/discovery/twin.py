@@ -109,11 +109,18 @@ class _CopyTensors(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         tensor = args[0]
         twin = _on_meta(tensor) if self.meta else tensor.detach().clone()
+        vars(twin)["_original"] = tensor
         self.tensors.append(twin)
         if func is Tensor.__deepcopy__:
             memo = args[1]
             memo[id(tensor)] = twin
         return twin
+
+
+def original_of(twin: Tensor) -> Tensor:
+    """The tensor of the model, neither parameter nor buffer, of which this one is the copy; or the tensor itself."""
+    original: Tensor = getattr(twin, "_original", twin)
+    return original
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

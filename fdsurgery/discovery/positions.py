@@ -1,0 +1,323 @@
+"""Positions that must not see each other: what attention masks, causal convolutions and packed samples tell of a model.
+
+A dynamic layer makes its weight from the mean over all positions of its input. Where a model keeps positions apart (the
+future from the past, one packed sample from another, padding from the rest), such a layer would carry over, once it is
+trained, what the model must not know. That convolutions or windows see only what is near is no such thing: through
+their stack all positions meet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .flow import Flow, Node, layer_input, shape_of
+from .inputs import Inputs
+from .ops import LAYOUT
+
+_HIDDEN = -5e3
+"""What is added to a score to hide it: -inf, the lowest float, -1e9, -1e4. Swin's -100 only tells windows apart."""
+_MOST_STEPS = 400
+_MOST_PAIRS = 2**24
+
+
+@dataclass(frozen=True)
+class _Attention:
+    node: Node
+    length: int
+    allowed: Tensor
+    """`(samples, length, length)`, bool: which position reads from which; one sample if all are alike."""
+
+    @property
+    def stack(self) -> str:
+        return _stack(str(self.node.meta.get("fqn", "")))
+
+
+def positions_apart(model: nn.Module, flow: Flow, inputs: Inputs, masked: dict[str, str]) -> dict[str, str]:
+    """For every layer whose input holds positions that must not see each other, the reason in words.
+
+    Args:
+        model: the model whose forward `flow` shows.
+        flow: one forward.
+        inputs: what the forward was called with; masks among them count with their values.
+        masked: convolutions that hold some of their weight at zero, with what is to be said of them.
+    """
+    found = _in_masked_convolutions(flow, masked)
+    attentions = list(_attentions(flow, _Values(model, flow, inputs)))
+    apart: dict[tuple[str, int], str] = {}
+    for key in {(attention.stack, attention.length) for attention in attentions}:
+        group = [attention for attention in attentions if (attention.stack, attention.length) == key]
+        reason = _kept_apart(group)
+        if reason:
+            apart[key] = reason
+    if not apart:
+        return found
+    stacks = {(attention.stack, attention.length) for attention in attentions}
+    for name, calls in flow.calls.items():
+        length = _positions(flow, calls[0])
+        if (_stack(name), length) in stacks:  # what its own stack does decides
+            keys = [(_stack(name), length)]
+        else:
+            keys = [key for key in apart if key[1] == length and _connected(flow, calls, attentions, key)]
+        reason = next((apart[key] for key in keys if key in apart), None)
+        if reason and name not in found and length > 1:
+            found[name] = reason
+    return found
+
+
+def _stack(name: str) -> str:
+    """What a name has before its first number: the list of blocks that the module is in."""
+    parts = name.split(".")
+    return ".".join(parts[: next((i for i, part in enumerate(parts) if part.isdigit()), 0)])
+
+
+def _positions(flow: Flow, call: Node) -> int:
+    shape = shape_of(layer_input(call)) or ()
+    if isinstance(flow.layer(call), nn.Conv2d):
+        return math.prod(shape[-2:])
+    return math.prod(shape[1:-1])
+
+
+def _kept_apart(group: list[_Attention]) -> str | None:
+    """Why the positions of a stack do not all meet, over all of its layers; None if they do."""
+    allowed = torch.zeros(1, group[0].length, group[0].length, dtype=torch.bool)
+    for attention in group:
+        if allowed.shape[0] != attention.allowed.shape[0] and 1 not in (allowed.shape[0], attention.allowed.shape[0]):
+            return None
+        allowed = allowed | attention.allowed
+    if bool(allowed.all()):
+        return None
+    where = str(group[0].node.meta.get("fqn", "")) or "the model"
+    if bool((~allowed.any(1)).any()):
+        return (
+            f"attention masks some positions (in {where!r}), such as padding: the mean over all, from which its weight "
+            "is made, would count them"
+        )
+    reached = allowed | torch.eye(allowed.shape[-1], dtype=torch.bool)
+    for _ in range(max(1, math.ceil(math.log2(allowed.shape[-1])))):
+        reached = (reached.float() @ reached.float()) > 0
+    if bool(reached.all()):
+        return None
+    if not bool(torch.triu(allowed, 1).any()):
+        return (
+            f"attention is causal (in {where!r}): its weight is made from the mean over all positions, and would let "
+            "later ones change earlier ones"
+        )
+    return (
+        f"attention keeps positions apart (in {where!r}), as for packed samples: its weight is made from the mean over "
+        "all positions, and would mix them"
+    )
+
+
+def _connected(flow: Flow, calls: list[Node], attentions: list[_Attention], key: tuple[str, int]) -> bool:
+    nodes = {attention.node for attention in attentions if (attention.stack, attention.length) == key}
+    return any(not nodes.isdisjoint(_upstream(flow, call)) for call in calls) or any(
+        not _upstream(flow, node).isdisjoint(calls) for node in nodes
+    )
+
+
+def _upstream(flow: Flow, node: Node) -> set[Node]:
+    return set(flow.backward(node, lambda _: True))
+
+
+def _in_masked_convolutions(flow: Flow, masked: dict[str, str]) -> dict[str, str]:
+    """Layers before and behind a masked or causal convolution, over more than one position."""
+    sources: dict[Node, str] = {}
+    for name, calls in flow.calls.items():
+        for call in calls:
+            if name in masked:
+                sources[call] = masked[name]
+            elif _is_causal_convolution(flow, call):
+                sources[call] = f"{name!r} is padded on one side only, as causal convolutions are"
+    found: dict[str, str] = {}
+    for source, what in sources.items():
+        before = _upstream(flow, source)
+        for name, calls in flow.calls.items():
+            touches = any(call in before or source in _upstream(flow, call) for call in calls)
+            if touches and _positions(flow, calls[0]) > 1:
+                reason = "its weight would be made from the mean over all positions, those not to be seen among them"
+                found.setdefault(name, f"{what}: {reason}")
+    return found
+
+
+def _is_causal_convolution(flow: Flow, call: Node) -> bool:
+    layer: Any = flow.layer(call)
+    if not isinstance(layer, nn.Conv2d):
+        return False
+    pad = layer_input(call)
+    while flow.op[pad] in LAYOUT and pad.all_input_nodes:
+        pad = pad.all_input_nodes[0]
+    if flow.op[pad] not in ("pad", "constant_pad_nd") or any(
+        layer.padding if not isinstance(layer.padding, str) else ()
+    ):
+        return False
+    given = pad.args[1] if len(pad.args) > 1 else pad.kwargs.get("pad", ())
+    pads = [value for value in given if isinstance(value, int)] if isinstance(given, (tuple, list)) else []
+    for axis in range(min(2, len(pads) // 2)):
+        reach = (layer.kernel_size[1 - axis] - 1) * layer.dilation[1 - axis]
+        sides = sorted(pads[2 * axis : 2 * axis + 2])
+        if layer.stride[1 - axis] == 1 and reach > 1 and sides == [0, reach]:
+            return True
+    return False
+
+
+def _attentions(flow: Flow, values: _Values) -> Iterator[_Attention]:
+    """Self-attention in the graph, with who may read from whom, where that can be told."""
+    for node in flow.nodes:
+        match flow.op[node]:
+            case "scaled_dot_product_attention":
+                given = _arguments(node, "query key value attn_mask dropout_p is_causal")
+                lengths = [(shape_of(given[key]) or (0, 0))[-2] for key in ("query", "key")]
+                hidden = [_hidden_by(values(given.get("attn_mask")), true_hides=False)]
+                causal = given.get("is_causal") is True
+            case "multi_head_attention_forward":
+                given = _arguments(node, "query key")
+                lengths = [(shape_of(given[key]) or (0,))[0] for key in ("query", "key")]
+                mask, padding = (values(node.kwargs.get(key)) for key in ("attn_mask", "key_padding_mask"))
+                hidden = [_hidden_by(mask, true_hides=True)]
+                if padding is not None:
+                    hidden.append(_hidden_by(padding[..., None, :], true_hides=True))
+                causal = False
+            case "softmax" if len(shape_of(node) or ()) >= 3:
+                lengths = list((shape_of(node) or ())[-2:])
+                hidden, causal = _hidden_before(flow, node, values), False
+            case "flex_attention" if "mask_mod" in node.meta:
+                lengths = [(shape_of(given) or (0, 0))[-2] for given in node.all_input_nodes[:2]]
+                hidden, causal = [_hidden_by(_evaluated(node.meta["mask_mod"], lengths), true_hides=False)], False
+            case _:
+                continue
+        length = lengths[0]
+        if lengths[0] != lengths[1] or length < 2 or length**2 > _MOST_PAIRS:
+            continue
+        allowed = torch.ones(1, length, length, dtype=torch.bool)
+        for entries in hidden:
+            if entries is not None and entries.dim() >= 2 and entries.shape[-1] == length:
+                allowed = allowed & ~_by_sample(entries, length)
+        yield _Attention(node, length, allowed.tril() if causal else allowed)
+
+
+def _evaluated(mask_mod: Callable[..., Any], lengths: list[int]) -> Tensor | None:
+    """A mask that FlexAttention computes from indices, for the first sample and head."""
+    queries, keys = (torch.arange(length) for length in lengths)
+    zero = torch.zeros((), dtype=torch.long)
+    try:
+        allowed = mask_mod(zero, zero, queries[:, None], keys[None])
+    except Exception:  # code of other people, called in a way of our own
+        return None
+    return allowed if isinstance(allowed, Tensor) and allowed.dtype == torch.bool else None
+
+
+def _by_sample(entries: Tensor, length: int) -> Tensor:
+    """Hidden entries as `(samples, length, length)`; those of several heads count where all heads hide them."""
+    entries = entries.expand(*entries.shape[:-2], length, length)
+    if entries.dim() == 2:
+        return entries[None]
+    return entries.flatten(1, -3).all(1) if entries.dim() > 3 else entries
+
+
+def _arguments(node: Node, names: str) -> dict[str, Any]:
+    return {**dict(zip(names.split(), node.args, strict=False)), **node.kwargs}
+
+
+def _hidden_by(mask: Tensor | None, *, true_hides: bool) -> Tensor | None:
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        return mask if true_hides else ~mask
+    return mask <= _HIDDEN
+
+
+def _hidden_before(flow: Flow, softmax: Node, values: _Values) -> list[Tensor | None]:
+    """What additions of masks, and fills by them, hide of the scores that a softmax reads."""
+    hidden: list[Tensor | None] = []
+    shape = shape_of(softmax)
+    node: Node = softmax.all_input_nodes[0]
+    for _ in range(20):
+        if shape_of(node) != shape:  # of other axes, such as windows: not what the layers behind it average over
+            break
+        op, sources = flow.op[node], node.all_input_nodes
+        scores = [source for source in sources if source in flow.after_learned]
+        if op in ("add", "sub", "mul", "div", *LAYOUT) and len(scores) == 1:
+            for other in sources:
+                if op == "add" and other is not scores[0]:
+                    hidden.append(_hidden_by(values(other), true_hides=True))
+        elif op == "masked_fill" and len(node.args) == 3 and _fills(node.args[2], values):
+            hidden.append(_hidden_by(values(node.args[1]), true_hides=True))
+        elif op == "where" and len(node.args) == 3 and len(scores) == 1:
+            condition, kept, fill = node.args
+            if _fills(fill if kept is scores[0] else kept, values):
+                hidden.append(_hidden_by(values(condition), true_hides=kept is not scores[0]))
+        else:
+            break
+        if not scores:
+            break
+        node = scores[0]
+    return hidden
+
+
+def _fills(value: Any, values: _Values) -> bool:
+    if isinstance(value, Node):
+        filled = values(value)
+        return filled is not None and bool((filled <= _HIDDEN).all())
+    return isinstance(value, (int, float)) and value <= _HIDDEN
+
+
+class _Values:
+    """Values of masks, computed from what the graph says of them: constants, buffers and the model's inputs."""
+
+    def __init__(self, model: nn.Module, flow: Flow, inputs: Inputs) -> None:
+        self.model, self.flow = model, flow
+        self.inputs = dict(inputs.tensors())
+        self.known: dict[Node, Any] = {}
+
+    @torch.no_grad()
+    def __call__(self, node: Any) -> Tensor | None:
+        """None where a value depends on learned layers, or cannot be told."""
+        if not isinstance(node, Node) or node in self.flow.after_learned:
+            return None
+        try:
+            value = self._of(node)
+        except Exception:  # code of other people, read from afar
+            return None
+        return value if isinstance(value, Tensor) and not value.is_meta else None
+
+    def _of(self, wanted: Node) -> Any:
+        steps = sorted(self.flow.backward(wanted, lambda _: True, _MOST_STEPS), key=self.flow.index.__getitem__)
+        if len(steps) > _MOST_STEPS:
+            return None
+        for node in steps:
+            if node not in self.known:
+                self.known[node] = self._run(node)
+        return self.known[wanted]
+
+    def _run(self, node: Node) -> Any:
+        if node.op == "placeholder":
+            return self.inputs[str(node.target)].detach().cpu()
+        if "value" in node.meta:
+            return node.meta["value"].detach().cpu()
+        if node.op == "get_attr":
+            owner, _, key = str(node.target).rpartition(".")
+            return getattr(self.model.get_submodule(owner), key).detach().cpu()
+        args, kwargs = self._filled(node.args), self._filled(node.kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        function: Callable[..., Any] = node.target  # type: ignore[assignment]
+        return function(*args, **kwargs)
+
+    def _filled(self, value: Any) -> Any:
+        if isinstance(value, Node):
+            known = self.known[value]
+            # What is written in place later must not change what was read before.
+            return known.clone() if isinstance(known, Tensor) else known
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._filled(item) for item in value)
+        if isinstance(value, dict):
+            return {key: self._filled(item) for key, item in value.items()}
+        if isinstance(value, slice):
+            return slice(self._filled(value.start), self._filled(value.stop), self._filled(value.step))
+        return torch.device("cpu") if isinstance(value, torch.device) else value
