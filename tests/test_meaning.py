@@ -90,6 +90,18 @@ CAUSAL: dict[str, Attend] = {
     "torch's mask": masked_scores(
         lambda block, s: s + nn.Transformer.generate_square_subsequent_mask(N, device=s.device)
     ),
+    "multiplied": lambda block, q, k, v: ((q @ k.mT).softmax(-1) * block.mask) @ v,
+    "folded heads": lambda block, q, k, v: (
+        torch.baddbmm(
+            torch.full((N, N), -1e9, device=q.device).triu(1).expand(4, N, N), q.flatten(0, 1), k.flatten(0, 1).mT
+        )
+        .softmax(-1)
+        .unflatten(0, (2, 2))
+        @ v
+    ),
+    "linear attention": lambda block, q, k, v: torch.einsum(
+        "bhnd,bhnde->bhne", q.softmax(-1), torch.cumsum(torch.einsum("bhnd,bhne->bhnde", k.exp(), v), 2)
+    ),
     "scaled behind": masked_scores(lambda block, s: s.masked_fill(~block.mask, float("-inf")).float() * 1.0),
 }
 OTHERS: dict[str, tuple[tuple[Attend, ...], str]] = {
@@ -118,6 +130,11 @@ def test_causal_decoders_are_kept(name: str) -> None:
     for block in range(2):
         for layer in ("fc1", "fc2"):
             assert "attention is causal (in 'blocks.0')" in reasons[f"blocks.{block}.{layer}"]
+
+
+def test_masks_are_read_whatever_the_default_device_is() -> None:
+    with torch.device("meta"):
+        assert "causal" in cautions(Decoder(CAUSAL["made in forward"]), None)["blocks.0.fc1"]
 
 
 @pytest.mark.parametrize("name", OTHERS)

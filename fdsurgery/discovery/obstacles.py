@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -68,7 +69,8 @@ def find_cautions(model: nn.Module, flow: Flow, inputs: Inputs, obstacles: Mappi
         obstacles: what `find_obstacles` found.
     """
     masked = {name: f"{name!r} {HOLDS_ZEROS}" for name, reason in obstacles.items() if HOLDS_ZEROS in reason}
-    apart = positions_apart(model, flow, inputs, masked)
+    with torch.device("cpu"):  # whatever the caller's default is: masks are computed
+        apart = positions_apart(model, flow, inputs, masked)
     found: dict[str, str] = {}
     for name, layer in flow.layers.items():
         weight = layer._parameters.get("weight")

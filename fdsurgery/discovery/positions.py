@@ -189,6 +189,12 @@ def _attentions(flow: Flow, values: _Values) -> Iterator[_Attention]:
             case "flex_attention" if "mask_mod" in node.meta:
                 lengths = [(shape_of(given) or (0, 0))[-2] for given in node.all_input_nodes[:2]]
                 hidden, causal = [_hidden_by(_evaluated(node.meta["mask_mod"], lengths), true_hides=False)], False
+            case "cumsum" | "cumprod" | "logcumsumexp" if node in values.learned and "flip" not in flow.op.values():
+                axis = _arguments(node, "input dim").get("dim")
+                shape = shape_of(node) or ()
+                if not isinstance(axis, int) or len(shape) < 3:
+                    continue
+                lengths, hidden, causal = [shape[axis]] * 2, [], True
             case _:
                 continue
         length = lengths[0]
@@ -235,13 +241,13 @@ def _hidden_by(mask: Tensor | None, *, true_hides: bool) -> Tensor | None:
 def _hidden_before(flow: Flow, softmax: Node, values: _Values) -> list[Tensor | None]:
     """What additions of masks, and fills by them, hide of the scores that a softmax reads."""
     hidden: list[Tensor | None] = []
-    shape = shape_of(softmax)
+    pair = (shape_of(softmax) or ())[-2:]
     node: Node = softmax.all_input_nodes[0]
     for _ in range(20):
-        if shape_of(node) != shape:  # of other axes, such as windows: not what the layers behind it average over
+        if (shape_of(node) or ())[-2:] != pair:
             break
         op, sources = flow.op[node], node.all_input_nodes
-        scores = [source for source in sources if source in flow.after_learned]
+        scores = [source for source in sources if source in values.learned]
         if op in ("add", "sub", "mul", "div", *LAYOUT) and len(scores) == 1:
             for other in sources:
                 if op == "add" and other is not scores[0]:
@@ -253,10 +259,16 @@ def _hidden_before(flow: Flow, softmax: Node, values: _Values) -> list[Tensor | 
             if _fills(fill if kept is scores[0] else kept, values):
                 hidden.append(_hidden_by(values(condition), true_hides=kept is not scores[0]))
         else:
+            if op == "baddbmm":
+                hidden.append(_hidden_by(values(node.args[0]), true_hides=True))
             break
         if not scores:
             break
         node = scores[0]
+    for user in softmax.users:  # a mask of ones and zeros
+        for other in user.all_input_nodes if flow.op[user] == "mul" else ():
+            factors = None if other is softmax else values(other)
+            hidden.append(None if factors is None else factors == 0)
     return hidden
 
 
@@ -267,6 +279,12 @@ def _fills(value: Any, values: _Values) -> bool:
     return isinstance(value, (int, float)) and value <= _HIDDEN
 
 
+def _takes_shape(flow: Flow, node: Node) -> bool:
+    """True where a new tensor takes shape, dtype and device of another one, and none of its values."""
+    op = flow.op[node]
+    return (op.endswith("_like") or op.startswith("new_")) and len(node.all_input_nodes) == 1
+
+
 class _Values:
     """Values of masks, computed from what the graph says of them: constants, buffers and the model's inputs."""
 
@@ -274,11 +292,18 @@ class _Values:
         self.model, self.flow = model, flow
         self.inputs = dict(inputs.tensors())
         self.known: dict[Node, Any] = {}
+        self.learned: set[Node] = set()
+        """Nodes whose values depend on learned layers; those that only take their shape do not."""
+        for node in flow.nodes:
+            if flow.is_learned(node) or (
+                not _takes_shape(flow, node) and any(source in self.learned for source in node.all_input_nodes)
+            ):
+                self.learned.add(node)
 
     @torch.no_grad()
     def __call__(self, node: Any) -> Tensor | None:
         """None where a value depends on learned layers, or cannot be told."""
-        if not isinstance(node, Node) or node in self.flow.after_learned:
+        if not isinstance(node, Node) or node in self.learned:
             return None
         try:
             value = self._of(node)
@@ -287,7 +312,8 @@ class _Values:
         return value if isinstance(value, Tensor) and not value.is_meta else None
 
     def _of(self, wanted: Node) -> Any:
-        steps = sorted(self.flow.backward(wanted, lambda _: True, _MOST_STEPS), key=self.flow.index.__getitem__)
+        walk = self.flow.backward(wanted, lambda node: not _takes_shape(self.flow, node), _MOST_STEPS)
+        steps = sorted(walk, key=self.flow.index.__getitem__)
         if len(steps) > _MOST_STEPS:
             return None
         for node in steps:
@@ -303,6 +329,9 @@ class _Values:
         if node.op == "get_attr":
             owner, _, key = str(node.target).rpartition(".")
             return getattr(self.model.get_submodule(owner), key).detach().cpu()
+        if _takes_shape(self.flow, node):
+            like: Any = node.all_input_nodes[0]
+            self.known.setdefault(like, torch.empty(shape_of(like) or (), dtype=like.meta.get("dtype")))
         args, kwargs = self._filled(node.args), self._filled(node.kwargs)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
