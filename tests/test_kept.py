@@ -163,9 +163,6 @@ class Aside(nn.Conv2d):
         (HasABranch, "something else in training"),
         (ForgetsItsBias, "something else in training"),
         (Noisy, "draws random numbers"),
-        (Masked, "at zero"),
-        (MasksInPlace, "at zero"),
-        (Cut, "at zero"),
         (Writes, "writes to its own"),
         (Gated, "takes 'gate'"),
         (Stores, "stores 'saved'"),
@@ -184,6 +181,11 @@ def test_a_class_that_does_more_is_kept(kind: type[nn.Conv2d], said: str, traini
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items() if key.startswith("a."))
     assert model.a.training == training
     assert said in str(reason(net(kind).train(training)))
+
+
+@pytest.mark.parametrize("kind", [Masked, MasksInPlace, Cut])
+def test_masked_convolutions_are_kept_and_their_neighbours_too(kind: type[nn.Conv2d]) -> None:
+    assert "at zero" in str(reason(net(kind))) and "'a' holds some of its weight at zero" in str(reason(net(kind), "b"))
 
 
 @pytest.mark.parametrize("kind", [DropsWeights, AddsNoise, HasABranch, Noisy, Cut])
