@@ -46,6 +46,8 @@ NAMES = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for names in TIMM.values() for name in names
 ]
 FIXED_SIZE = ("levit", "tiny_vit", "efficientvit")
+CHAOTIC = ("mobileone_s0", "repvgg_a0")
+"""Fresh ones: without a path around their layers, float32 is too little to compare by."""
 
 
 def first(output: Any) -> Tensor:
@@ -61,12 +63,8 @@ def modulated(model: nn.Module, x: Tensor) -> nn.Module:
     """Converted, with modulation that tells, and statistics that follow it."""
     fdsurgery.settle_(model, x)
     model = stir(fdsurgery.convert(model, example_inputs=x)).train()
-    momenta = {norm: norm.momentum for norm in model.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)}
-    for norm in momenta:
-        norm.momentum = 1.0  # or deep models without a path around their layers overflow
-    model(x)
-    for norm, momentum in momenta.items():
-        norm.momentum = momentum
+    for _ in range(5):
+        model(x)
     return model.eval()
 
 
@@ -103,6 +101,8 @@ def test_timm_models(name: str) -> None:
     size = plain.default_cfg["input_size"][-1] if name.startswith(FIXED_SIZE) else 64
     x = torch.randn(2, 3, size, size)
     model = modulated(copy.deepcopy(plain), x)
+    if name in CHAOTIC:
+        model, x = model.double(), x.double()
     expected = first(model(x))
     assert relative_error(first(fdsurgery.restore(copy.deepcopy(model))(x)), expected) > 4e-3, (
         "the modulation must tell"
@@ -114,6 +114,7 @@ def test_timm_models(name: str) -> None:
     for act in ACTS.values():
         right_or_refused(act, model, x, expected)
     # The remedy: first this, then that.
+    x = x.float()
     fdsurgery.settle_(plain, x)
     expected = first(plain(x))
     converted = fdsurgery.convert(reparameterize_model(plain), example_inputs=x)
