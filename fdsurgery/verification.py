@@ -172,7 +172,8 @@ def verify(
         model_after: the converted model. If it is wrapped, compiled or prepared for inference, its layers are compared
             in a forward of their own.
         inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
-        tolerance: largest relative error that passes; by default 1e-5, in float16 4e-3 and in bfloat16 3e-2.
+        tolerance: largest relative error that passes; by default 1e-5, in float16 4e-3 and in bfloat16 3e-2; in these
+            `sqrt(layers) / 4` times that for the outputs of more than 16 layers.
 
     Returns:
         The measurement; its `ok` is the verdict, which is no where something could not be compared. Modes and random
@@ -188,7 +189,10 @@ def verify(
         if after is not model_after or _skips_hooks(after):
             outputs = _outputs(model_after, arguments)
         allowed = [tolerance or one.tolerance for one in comparisons]
-        limit = tolerance or max([TOLERANCE, *allowed, *map(_tolerance, expected), *map(_tolerance, outputs)])
+        limit = max([TOLERANCE, *allowed, *map(_tolerance, expected), *map(_tolerance, outputs)])
+        if limit > TOLERANCE:  # roundings add up, as the root of their number: four units are those of 16 layers
+            limit *= max(1.0, len(comparisons) ** 0.5 / 4)
+        limit = tolerance or limit
         with _layer_by_layer(after):
             influences = _influences(after, arguments, comparisons, limit)
     layers = tuple(

@@ -182,6 +182,19 @@ def test_the_tolerance_follows_the_dtype(dtype: torch.dtype) -> None:
     assert not fdsurgery.verify(before, after, x, tolerance=1e-17).ok, "a tolerance that is given counts"
 
 
+def test_roundings_of_many_layers_add_up_and_are_no_change() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 8, 8, dtype=torch.bfloat16)
+    layers = [part for _ in range(64) for part in (nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))]
+    model = nn.Sequential(*layers).train()
+    model(x.float())  # so that each layer gives as much as it gets
+    before, after = converted(model.to(torch.bfloat16), x, EVERY)
+    found = fdsurgery.verify(before, after, x)
+    assert (
+        found.ok and found.tolerance == pytest.approx(0.06) and all(layer.tolerance == 0.03 for layer in found.layers)
+    )
+
+
 def test_autocast_is_compared_in_its_own_dtype() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 64, 64)
