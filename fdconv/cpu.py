@@ -20,6 +20,7 @@ def is_transformed() -> bool:
         or torch.jit.is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.utils._python_dispatch._get_current_dispatch_mode() is not None
+        or torch.autograd.forward_ad._current_level >= 0
     )
 
 

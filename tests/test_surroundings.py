@@ -281,6 +281,25 @@ def test_fake_tensors_go_through_and_leave_nothing_behind(kind: str) -> None:
     assert_same(answer(layer, image(kind)), reference(layer, image(kind)), 2e-5)
 
 
+@every_backend
+@every_kind
+def test_forward_mode_derivatives(kind: str, backend: str) -> None:
+    """As PyTorch's own layers have them: the directional derivative agrees with that of the backward pass."""
+    _, layer = pair(kind)
+    perturb(layer)
+    x, direction = image(kind), torch.randn_like(image(kind))
+    with using(backend):
+        with torch.autograd.forward_ad.dual_level():
+            y = layer(torch.autograd.forward_ad.make_dual(x, direction))
+            forward = torch.autograd.forward_ad.unpack_dual(y).tangent
+        assert forward is not None
+        x.requires_grad_()
+        y = layer(x)
+        weights = torch.randn_like(y)
+        (to_x,) = torch.autograd.grad(y, x, weights)
+    assert float((forward * weights).sum()) == pytest.approx(float((to_x * direction).sum()), rel=1e-3, abs=1e-3)
+
+
 # Batches and layouts -----------------------------------------------------------------------------------------------
 
 
