@@ -38,9 +38,14 @@ class Factors(NamedTuple):
     """`(C_out*k_h*k_w, taps)`, the short filters of the local branch; of the layer, not of a sample."""
 
     @property
+    def every_per_sample(self) -> tuple[Tensor | None, ...]:
+        """Those with the sample as first axis, in the order of the fields."""
+        return self.kernel, self.channel, self.filter, self.spatial, self.context  # a slice fails in older compilers
+
+    @property
     def per_sample(self) -> tuple[Tensor, ...]:
-        """Those that the branches of this layer have, with the sample as first axis."""
-        return tuple(factor for factor in self[:5] if factor is not None)
+        """Of these the ones that the branches of this layer have."""
+        return tuple(factor for factor in self.every_per_sample if factor is not None)
 
     @property
     def batch(self) -> int:
@@ -51,8 +56,7 @@ class Factors(NamedTuple):
         """Those of some of the samples."""
         if samples == slice(0, self.batch):
             return self
-        kernel, channel, filter_, spatial, context = (None if it is None else it[samples] for it in self[:5])
-        return Factors(kernel, channel, filter_, spatial, context, self.taps)
+        return Factors(*(None if it is None else it[samples] for it in self.every_per_sample), self.taps)
 
 
 def gate(logits: Tensor, activation: str, temperature: float = 1.0) -> Tensor:

@@ -172,7 +172,7 @@ def _backward(
     to_x = []
     to_spectra = torch.zeros_like(spectra, memory_format=torch.contiguous_format)
     to_taps = None if factors.taps is None else torch.zeros_like(factors.taps)
-    to_factors = [None if factor is None else torch.empty_like(factor) for factor in factors[:5]]
+    to_factors = [None if factor is None else torch.empty_like(factor) for factor in factors.every_per_sample]
     for part in _chunks(shape, x.shape[0]):
         chunk = source.of(part)
         images = steps.images(chunk)
