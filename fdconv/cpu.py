@@ -26,7 +26,7 @@ def is_transformed() -> bool:
 
 def is_plain(x: Tensor) -> bool:
     """True for a real CPU tensor with something in it that nobody traces."""
-    return x.device.type == "cpu" and type(x) is Tensor and not is_transformed() and x.numel() > 0
+    return not is_transformed() and x.device.type == "cpu" and type(x) is Tensor and x.numel() > 0
 
 
 def blocks(samples: int, rows: int, row: int) -> list[tuple[slice, slice]]:

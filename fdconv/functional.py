@@ -21,9 +21,9 @@ from .composite import (
 )
 from .cpu import is_transformed
 from .measured_choice import Fastest
-from .memory import Explained
+from .memory import explained
 from .modulation import Factors
-from .precision import without_autocast
+from .precision import autocast_is_on, without_autocast
 from .strides import owned
 from .triton_tuning import power_of_2
 
@@ -82,13 +82,11 @@ def frequency_dynamic(
         ValueError: there is no such backend, or it cannot serve: no compiler, no device, or float64 with Triton.
         torch.OutOfMemoryError: torch's own, with what to lower.
     """
-    device = x.device.type
-    autocast = torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if autocast and x.dtype != torch.float64:  # which autocast leaves alone
-        dtype = torch.get_autocast_dtype(device)
+    if x.dtype != torch.float64 and autocast_is_on(x.device):  # which leaves float64 alone
+        dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
     backend = _backend if backend is None else _known(backend)
-    with without_autocast(x.device), Explained(x, shape):
+    with without_autocast(x.device), explained(x, shape):
         if not torch.jit.is_tracing() and x.shape[0] == 0:
             return _of_no_samples(x, spectra, frequency_group, factors, shape, conv, dtype)
         if _triton_serves(x, spectra, backend):
@@ -232,7 +230,7 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, *rest = ctx.saved_tensors
         wanted = [position for position, need in enumerate(ctx.needs_input_grad[3:]) if need]
-        with without_autocast(x.device), Explained(x, ctx.make.keywords["shape"]):
+        with without_autocast(x.device), explained(x, ctx.make.keywords["shape"]):
             if torch.is_grad_enabled():  # somebody will differentiate the gradients
                 spectra, *given = rest
                 group, shape = ctx.make.keywords["frequency_group"], ctx.make.keywords["shape"]

@@ -506,10 +506,6 @@ def _read_when_run_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> N
 _read_when_run.register_autograd(_read_when_run_backward, setup_context=_read_when_run_setup)
 
 
-class ReadInGraph(Tensor):
-    """The weight in a graph: no plain tensor, so that torch's transformer layers call this layer and fuse nothing."""
-
-
 def read_when_run(weight: Tensor, modulation: list[Tensor], layer: str) -> Tensor:
     """The weight in a graph that is being traced: what the compiled code does with its values is told when it runs.
 
@@ -519,4 +515,4 @@ def read_when_run(weight: Tensor, modulation: list[Tensor], layer: str) -> Tenso
         layer: what to call the layer.
     """
     result: Tensor = _read_when_run(weight, modulation, layer)
-    return result.as_subclass(ReadInGraph) if torch.compiler.is_dynamo_compiling() else result
+    return result

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
 from .composite import WeightShape
 
 
-class Explained:
+def explained(x: Tensor, shape: WeightShape) -> contextlib.AbstractContextManager[None]:
     """A region in which `torch.OutOfMemoryError` also tells what a layer holds, and what would make it less.
 
     It stays the same error, with torch's message first, for programs that catch it and look there.
@@ -17,7 +19,12 @@ class Explained:
         x: the layer's input, `(B, ...)`.
         shape: of the layer's weight.
     """
+    if torch.compiler.is_compiling():  # older compilers take no context managers of others
+        return contextlib.nullcontext()
+    return _Explained(x, shape)
 
+
+class _Explained:
     def __init__(self, x: Tensor, shape: WeightShape) -> None:
         self.x, self.shape = x, shape
 

@@ -56,7 +56,9 @@ class Factors(NamedTuple):
         """Those of some of the samples."""
         if samples == slice(0, self.batch):
             return self
-        return Factors(*(None if it is None else it[samples] for it in self.every_per_sample), self.taps)
+        parts = (None if it is None else it[samples] for it in self.every_per_sample)
+        kernel, channel, filter_, spatial, context = parts
+        return Factors(kernel, channel, filter_, spatial, context, self.taps)
 
 
 def gate(logits: Tensor, activation: str, temperature: float = 1.0) -> Tensor:

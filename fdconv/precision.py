@@ -19,11 +19,20 @@ def exact_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def autocast_is_on(device: torch.device) -> bool:
+    """True where autocast would choose the precision on this kind of device."""
+    if torch.compiler.is_compiling():  # the compiler of torch 2.7 cannot trace the question below
+        known = device.type in ("cpu", "cuda", "mps", "xpu")
+    else:
+        known = torch.amp.autocast_mode.is_autocast_available(device.type)  # not on meta
+    return known and torch.is_autocast_enabled(device.type)
+
+
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """A region in which autocast, if on, does not lower the precision."""
-    if torch.amp.autocast_mode.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if autocast_is_on(device):
         return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()  # where autocast is off, or unknown as on meta
+    return contextlib.nullcontext()
 
 
 def holds_no_values(tensor: torch.Tensor) -> bool:

@@ -52,8 +52,9 @@ class Steps(Protocol):
 
 def serves(x: Tensor, spectra: Tensor, factors: Factors) -> bool:
     """True if this path takes the call: real CPU tensors, a weight for every sample, and nobody who traces."""
-    modulated = bool(factors.per_sample) and factors.batch == x.shape[0]
-    return is_plain(x) and spectra.device.type == "cpu" and modulated
+    if not (is_plain(x) and spectra.device.type == "cpu"):  # asked first, for a tracer may not take the rest
+        return False
+    return bool(factors.per_sample) and factors.batch == x.shape[0]
 
 
 def apply(

@@ -99,13 +99,14 @@ def _(model: Any) -> None:
 
 @row("`torch.nn.TransformerEncoderLayer`, compiled")
 def _(model: Any) -> None:
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).eval()
-    layer.linear1 = far_from_neutral(FDLinear.from_linear(layer.linear1, CONFIG))  # type: ignore[assignment]
     x = torch.randn(2, 3, 8)
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)).eval()
+    fdsurgery.convert(model, recipe="ffn", example_inputs=x)
+    far_from_neutral(model[0].linear1)
     with torch.enable_grad():
-        expected = layer(x).detach()
+        expected = model(x).detach()
     torch._dynamo.reset()
-    assert relative_error(torch.compile(layer, backend="aot_eager")(x), expected) < 1e-5
+    assert relative_error(torch.compile(model, backend="aot_eager")(x), expected) < 1e-5
 
 
 @row("`torch.ao.quantization.fuse_modules`")
