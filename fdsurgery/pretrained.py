@@ -140,6 +140,12 @@ def from_pretrained(folder_or_repo: str | Path, **kwargs: Any) -> nn.Module:
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(f"{folder}: the weights lack {len(missing)} tensor(s) of the model, {missing[0]!r} first")
+    unread = sorted(info["unexpected_keys"])
+    if unread:  # transformers only logs it, and a head of the modulation would be gone
+        raise CheckpointError(
+            f"{folder}: the weights hold {len(unread)} tensor(s) that the model of {CONFIG} does not have, "
+            f"{unread[0]!r} first"
+        )
     return model
 
 

@@ -310,6 +310,40 @@ def test_types_of_all_tensors_are_kept(tmp_path: Path) -> None:
     assert torch.equal(back.table, mixed.table) and back.table.dtype == torch.float16
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (Source("timm", "test_resnet", {"checkpoint_path": "x.pth"}), "'checkpoint_path' is never taken from a file"),
+        (Source("timm", "test_resnet", {"pretrained_cfg": {"file": "x.pth"}}), "'pretrained_cfg' is never taken"),
+        (Source("timm", "test_resnet", {"pretrained": True}), "'pretrained' is never taken"),
+        (Source("timm", "test_resnet", {"global_pul": "max"}), "none that a saved model may give; did you mean"),
+        (Source("timm", "hf-hub:somebody/model"), "no name of timm's registry"),
+        (Source("timm", "local-dir:m"), "no name of timm's registry"),
+        (Source("timm", "../test_resnet"), "no name of timm's registry"),
+        (Source("timm", "test_resnet", {"layers": [10**9] * 4}), "digits|larger model"),
+        (Source("timm", "test_resnet", {"layers": [10**6] * 4}), "larger model than its weights are for"),
+        (Source("torchvision", "resnet18", {"weights": "DEFAULT"}), "'weights' is never taken from a file"),
+        (Source("torchvision", "fcn_resnet50", {"weights_backbone": "DEFAULT"}), "'weights_backbone' is never taken"),
+        (Source("transformers", "pipeline"), "no model class 'pipeline'"),
+        (Source("transformers", "PreTrainedModel"), "no config of its own"),
+        (Source("transformers", "DetrModel", {"backbone": "somebody/backbone"}), "would have to be fetched"),
+        (Source("transformers", "TimmWrapperModel", {"architecture": "hf-hub:a/b"}), "no name of timm's registry"),
+        (
+            Source("transformers", "TimmWrapperModel", {"architecture": "test_resnet", "model_args": {"file": "x"}}),
+            "'file' is never taken from a file",
+        ),
+        (Source("transformers", "TimmBackbone", {"backbone": "local-dir:x"}), "no name of timm's registry"),
+        (Source("transformers", "YosoModel"), "download code when they are built"),
+    ],
+)
+def test_a_description_cannot_make_a_library_read_fetch_or_run(source: Source, message: str, tmp_path: Path) -> None:
+    saved = fdsurgery.save(small(), tmp_path / "saved")
+    description = json.loads((saved / "fdsurgery.json").read_text())
+    (saved / "fdsurgery.json").write_text(json.dumps({**description, "source": source.to_dict()}))
+    with pytest.raises(CheckpointError, match=message):
+        fdsurgery.load(saved)
+
+
 def test_loading_leaves_no_trace_and_takes_none(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 64, 64)
     model = trained_a_little(small(), x)

@@ -561,6 +561,41 @@ def test_fusions_that_the_user_has_set_outlive_conversion_and_restoring(tmp_path
         assert not hasattr(converted_model.config, "quantization_config")
 
 
+def test_modulation_that_the_config_does_not_ask_for_is_not_dropped(tmp_path: Path) -> None:
+    model, _ = converted("vit")
+    fdsurgery.save_pretrained(model, tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    for group in config["quantization_config"]["layers"]:
+        group["settings"]["ksm_global"] = False
+    (tmp_path / "saved" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match=r"weights hold \d+ tensor\(s\) that the model of config\.json does not have"
+    ):
+        fdsurgery.from_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"attn_implementation": "somebody/kernel"}, "could make transformers fetch code"),
+        ({"backbone": "somebody/backbone"}, "would have to be fetched"),
+        ({"backbone_config": {"model_type": "timm_backbone", "backbone": "hf-hub:a/b"}}, "no name of timm's registry"),
+        (
+            {"part": {"model_type": "timm_wrapper", "model_args": {"checkpoint_path": "x.pth"}}},
+            "never taken from a file",
+        ),
+        ({"num_hidden_layers": 10**9}, "builds a larger model than its weights are for"),
+    ],
+)
+def test_a_config_cannot_make_transformers_fetch_or_run(entry: dict[str, Any], message: str, tmp_path: Path) -> None:
+    model, _ = converted("vit")
+    fdsurgery.save_pretrained(model, tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    (tmp_path / "saved" / "config.json").write_text(json.dumps({**config, **entry}))
+    with pytest.raises(CheckpointError, match=message):
+        fdsurgery.from_pretrained(tmp_path / "saved")
+
+
 def test_folders_of_save_and_other_models_go_their_way(tmp_path: Path) -> None:
     model, inputs = converted("vit")
     fdsurgery.save(model, tmp_path / "old")
