@@ -302,7 +302,6 @@ def test_prepared_copies_are_copied_pickled_and_exported() -> None:
             next(other.parameters()).zero_()
     assert torch.equal(fast(x), expected)
     more = torch.randn(5, *x.shape[1:]).double()
-    for strict in (False, True):
-        batch = {"x": {0: torch.export.Dim("batch", min=2)}}
-        exported = torch.export.export(fast, (x,), dynamic_shapes=batch, strict=strict).module()
-        torch.testing.assert_close(exported(more), fast(more))
+    batch = {"x": {0: torch.export.Dim("batch", min=2)}}
+    exported = torch.export.export(fast, (x,), dynamic_shapes=batch).module()
+    torch.testing.assert_close(exported(more), fast(more))
