@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from ..errors import DiscoveryError
 from .flow import Flow, layer_input, shape_of
 from .inputs import Inputs, guesses
 from .obstacles import find_cautions, find_obstacles
+from .probe import probe
 from .record import LAYERS, record
 from .roles import find_roles
 from .site import Kind, Layout, Role, Site
@@ -127,6 +128,8 @@ def observe(
         graph, seen = _traced(model, inputs, tracer, layers), tracer
     flow = Flow(graph, layers)
     found = _sites(model, flow, inputs)
+    cautions = probe(model, flow, inputs, found, hooks)
+    found = tuple(replace(site, caution=cautions.get(site.name, site.caution)) for site in found)
     shapes = {name: tuple(shape_of(layer_input(call)) or () for call in flow.calls.get(name, ())) for name in layers}
     return Observation(graph, found, inputs, seen, shapes, flow.batch, note, hooks, _left_out(model))
 

@@ -279,7 +279,7 @@ def _fills(value: Any, values: _Values) -> bool:
     return isinstance(value, (int, float)) and value <= _HIDDEN
 
 
-def _takes_shape(flow: Flow, node: Node) -> bool:
+def takes_shape(flow: Flow, node: Node) -> bool:
     """True where a new tensor takes shape, dtype and device of another one, and none of its values."""
     op = flow.op[node]
     return (op.endswith("_like") or op.startswith("new_")) and len(node.all_input_nodes) == 1
@@ -296,7 +296,7 @@ class _Values:
         """Nodes whose values depend on learned layers; those that only take their shape do not."""
         for node in flow.nodes:
             if flow.is_learned(node) or (
-                not _takes_shape(flow, node) and any(source in self.learned for source in node.all_input_nodes)
+                not takes_shape(flow, node) and any(source in self.learned for source in node.all_input_nodes)
             ):
                 self.learned.add(node)
 
@@ -312,7 +312,7 @@ class _Values:
         return value if isinstance(value, Tensor) and not value.is_meta else None
 
     def _of(self, wanted: Node) -> Any:
-        walk = self.flow.backward(wanted, lambda node: not _takes_shape(self.flow, node), _MOST_STEPS)
+        walk = self.flow.backward(wanted, lambda node: not takes_shape(self.flow, node), _MOST_STEPS)
         steps = sorted(walk, key=self.flow.index.__getitem__)
         if len(steps) > _MOST_STEPS:
             return None
@@ -329,7 +329,7 @@ class _Values:
         if node.op == "get_attr":
             owner, _, key = str(node.target).rpartition(".")
             return getattr(self.model.get_submodule(owner), key).detach().cpu()
-        if _takes_shape(self.flow, node):
+        if takes_shape(self.flow, node):
             like: Any = node.all_input_nodes[0]
             self.known.setdefault(like, torch.empty(shape_of(like) or (), dtype=like.meta.get("dtype")))
         args, kwargs = self._filled(node.args), self._filled(node.kwargs)

@@ -132,10 +132,10 @@ class _Recorder(TorchFunctionMode):
             # Compiled code (TorchScript, extensions) makes tensors behind our back: what a module returns comes from
             # what it was given, at least.
             unseen = [
-                tensor for tensor in _tensors_in(result) if tensor not in self.producers and not self._named(tensor)
+                tensor for tensor in tensors_in(result) if tensor not in self.producers and not self._named(tensor)
             ]
             if unseen:
-                given = [self._node_of(tensor) for tensor in _tensors_in((args, kwargs))]
+                given = [self._node_of(tensor) for tensor in tensors_in((args, kwargs))]
                 self._emit("call_function", unseen_operation, tuple(given), {}, unseen)
             return result
         finally:
@@ -178,7 +178,7 @@ class _Recorder(TorchFunctionMode):
 
     def finish(self, result: Any) -> None:
         """The model's result ends the graph."""
-        self.graph.create_node("output", "output", (tuple(self._node_of(tensor) for tensor in _tensors_in(result)),))
+        self.graph.create_node("output", "output", (tuple(self._node_of(tensor) for tensor in tensors_in(result)),))
 
     def _create(self, op: str, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
         node = self.graph.create_node(op, target, args, kwargs)
@@ -198,7 +198,7 @@ class _Recorder(TorchFunctionMode):
             if isinstance(item, Tensor):
                 self._rewrite(item, self._create("call_function", operator.getitem, (node, key), {}, item))
             else:
-                for tensor in _tensors_in(item):
+                for tensor in tensors_in(item):
                     self._rewrite(tensor, node)
         return node
 
@@ -222,6 +222,7 @@ class _Recorder(TorchFunctionMode):
             node = self._create("get_attr", self.names.get(tensor, "<constant>"), (), {}, tensor)
             if node.target == "<constant>":
                 node.meta["value"] = original_of(tensor)
+                node.meta["unwatched"] = tensor not in self.names  # no part of the model, and nothing seen made it
             self.producers[tensor] = node
         return node
 
@@ -265,17 +266,17 @@ def _items(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from ((field.name, getattr(value, field.name)) for field in fields(value))
 
 
-def _tensors_in(value: Any, depth: int = 8) -> Iterator[Tensor]:
+def tensors_in(value: Any, depth: int = 8) -> Iterator[Tensor]:
     """All tensors in nested tuples, lists, mappings and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif depth:
         for _, item in _items(value):
-            yield from _tensors_in(item, depth - 1)
+            yield from tensors_in(item, depth - 1)
 
 
 def _has_tensor(value: Any) -> bool:
-    return next(_tensors_in(value), None) is not None
+    return next(tensors_in(value), None) is not None
 
 
 def _without_compiler() -> contextlib.AbstractContextManager[Any]:
