@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from . import bands
 from .config import FDConfig
-from .cpu import blocks, buffer
+from .cpu import blocks, buffer, wants_operations
 
 FLAT = 200
 """Positions of a map up to which both axes are one: a product more costs less there than two steps."""
@@ -58,10 +58,11 @@ class _BandLoop(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, bias, logits = ctx.saved_tensors
         wanted = [position for position, need in enumerate(ctx.needs_input_grad[:3]) if need]
-        if torch.is_grad_enabled():  # somebody will differentiate the gradients
+        if wants_operations(grad):
             leaves = [(x, weight, bias)[position] for position in wanted]
-            y = bands.modulated(x, weight, bias, ctx.config)
-            found = torch.autograd.grad(y, leaves, grad, create_graph=True)
+            with torch.enable_grad():
+                y = bands.modulated(x, weight, bias, ctx.config)
+            found = torch.autograd.grad(y, leaves, grad, create_graph=torch.is_grad_enabled())
             gradients = dict(zip(wanted, found, strict=True))
         else:
             every = _backward(grad.contiguous(), x, weight, logits, ctx.config)

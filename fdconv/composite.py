@@ -176,8 +176,9 @@ def differentiable_gradients(
 
     The backward passes of the faster paths call it where somebody asks for second derivatives, which they do not have.
     """
-    y = per_sample(x, sample_weights(spectra, frequency_group, factors, shape).to(x.dtype), conv)
-    return list(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    with torch.enable_grad():
+        y = per_sample(x, sample_weights(spectra, frequency_group, factors, shape).to(x.dtype), conv)
+    return list(torch.autograd.grad(y, wanted, grad, create_graph=torch.is_grad_enabled()))
 
 
 def per_sample_backward(grad: Tensor, x: Tensor, weight: Tensor, conv: Convolution | None) -> tuple[Tensor, Tensor]:

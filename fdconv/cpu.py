@@ -24,6 +24,11 @@ def is_transformed() -> bool:
     )
 
 
+def wants_operations(grad: Tensor) -> bool:
+    """True in a backward pass that somebody differentiates once more, transforms or takes many gradients at once in."""
+    return torch.is_grad_enabled() or is_transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
 def is_plain(x: Tensor) -> bool:
     """True for a real CPU tensor with something in it that nobody traces."""
     return not is_transformed() and x.device.type == "cpu" and type(x) is Tensor and x.numel() > 0

@@ -13,6 +13,9 @@ ROUNDING = 1.5
 OWN_ROUNDING = 8.0
 """What the comparison itself may lose, in units of the `eps` of the dtype in which it is made."""
 
+LARGEST_FACTOR = 1e3
+"""By which a filter that is zero, up to what its dtype can hold, may have been multiplied."""
+
 
 @torch.no_grad()
 def filter_multiple(new: Tensor, old: Tensor) -> Tensor | None:
@@ -23,16 +26,37 @@ def filter_multiple(new: Tensor, old: Tensor) -> Tensor | None:
         old: of the same shape and dtype.
 
     Returns:
-        `(C_out,)`, float64 (float32 where a device has no better), or None where some filter of `new` is more than
-        rounding away from a multiple of that of `old`, is not finite, or belongs to a filter of zeros.
+        `(C_out,)`, float64 (float32 where a device has no better); NaN for a filter that is zero in both, up to what the
+        dtype can hold, for that tells no factor. None where some filter of `new` is more than rounding away from a
+        multiple of that of `old`, or is not finite.
     """
     if new.shape != old.shape or new.dtype != old.dtype or new.is_meta or not new.dim():
         return None
     exact = exact_dtype(old.device)
     rows, base = new.to(old.device, exact).flatten(1), old.to(exact).flatten(1)
-    squares = base.square().sum(1)
-    scale = (rows * base).sum(1) / squares
-    off = torch.linalg.vector_norm(rows - scale[:, None] * base, dim=1)
+    least = torch.finfo(old.dtype).tiny
+    silent = torch.linalg.vector_norm(base, dim=1) <= least
+    scale = (rows * base).sum(1) / base.square().sum(1)
+    off = torch.linalg.vector_norm(torch.where(silent[:, None], rows, rows - scale[:, None] * base), dim=1)
     rounding = ROUNDING * torch.finfo(old.dtype).eps + OWN_ROUNDING * torch.finfo(exact).eps
     allowed = rounding * torch.linalg.vector_norm(rows, dim=1)
-    return scale if bool((off <= allowed).all()) else None  # comparisons with NaN, as of filters of zeros, are false
+    allowed = torch.where(silent, least * LARGEST_FACTOR, allowed)
+    if not bool((off <= allowed).all()):  # comparisons with NaN are false
+        return None
+    return torch.where(silent, torch.nan, scale)
+
+
+@torch.no_grad()
+def common_factor(scale: Tensor, dtype: torch.dtype) -> float | None:
+    """The one factor that all filters have, up to what `dtype` rounds; None where they differ.
+
+    Args:
+        scale: `(C_out,)` of `filter_multiple`; NaN agrees with any.
+        dtype: in which the weights were that it was found in.
+    """
+    known = scale[~scale.isnan()]
+    if not len(known):
+        return 1.0
+    mean = known.mean()
+    rounding = 0.75 * torch.finfo(dtype).eps + OWN_ROUNDING * torch.finfo(scale.dtype).eps
+    return float(mean) if bool(((known - mean).abs() <= rounding * mean.abs()).all()) else None

@@ -19,7 +19,7 @@ from .composite import (
     per_sample_backward,
     sample_weights,
 )
-from .cpu import is_transformed
+from .cpu import is_transformed, wants_operations
 from .measured_choice import Fastest
 from .memory import explained
 from .modulation import Factors
@@ -231,7 +231,7 @@ class _Recomputed(torch.autograd.Function):
         x, *rest = ctx.saved_tensors
         wanted = [position for position, need in enumerate(ctx.needs_input_grad[3:]) if need]
         with without_autocast(x.device), explained(x, ctx.make.keywords["shape"]):
-            if torch.is_grad_enabled():  # somebody will differentiate the gradients
+            if wants_operations(grad):
                 spectra, *given = rest
                 group, shape = ctx.make.keywords["frequency_group"], ctx.make.keywords["shape"]
                 inputs = [[x, *rest][i] for i in wanted]

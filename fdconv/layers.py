@@ -19,7 +19,8 @@ from torch.nn.modules.utils import _pair
 from .bands import BandModulation
 from .composite import Convolution, WeightShape, sample_weights
 from .config import FDConfig
-from .filter_scale import filter_multiple
+from .cpu import is_transformed
+from .filter_scale import common_factor, filter_multiple
 from .functional import frequency_dynamic
 from .lazy import LazyTensor, read_when_run, refuse_where_lost
 from .modulation import Factors, GlobalModulation, LocalModulation, ZeroInit
@@ -29,6 +30,7 @@ from .spectrum import (
     group_dtype,
     image_to_spectra,
     image_to_weight,
+    mended_groups,
     spectra_to_image,
     weight_to_image,
 )
@@ -55,6 +57,8 @@ class FrequencyDynamic(nn.Module):
     KSM_Global: GlobalModulation | None
     KSM_Local: LocalModulation | None
     FBM: BandModulation | None
+    _groups_seen: tuple[int, int] = (0, 0)
+    """Which tensor, and which version of it, was last found to hold whole groups."""
     channels_last: bool = False
     """True if the static twin's weight would be channels-last in memory, as `model.to(memory_format=...)` makes it. The
     layer's own parameters stay in rows, where transforms want them, but its results follow."""
@@ -81,6 +85,7 @@ class FrequencyDynamic(nn.Module):
         groups = torch.empty(half_spectrum, dtype=group_dtype(self.config.kernel_num), device=device)
         self.register_buffer("frequency_group", groups)
         self.register_buffer("filter_scale", None)
+        self._groups_seen = (0, 0)
 
     @property
     def weight(self) -> Tensor:
@@ -104,6 +109,13 @@ class FrequencyDynamic(nn.Module):
             self.adopt_weight(value)
             if isinstance(value, nn.Parameter):
                 self.dft_weight.requires_grad_(value.requires_grad)
+
+    def __prepare_scriptable__(self) -> Any:
+        """Asked by `torch.jit.script` of each module, which has no words for what a dynamic layer does."""
+        raise RuntimeError(
+            f"torch.jit.script cannot take {type(self).__name__}, a dynamic layer: use torch.jit.trace(model, inputs), "
+            "torch.export.export or torch.compile"
+        )
 
     def __delattr__(self, name: str) -> None:
         if name == "weight":
@@ -140,6 +152,48 @@ class FrequencyDynamic(nn.Module):
         probe = self.dft_weight.new_empty(2, 2, 2, 2).to(memory_format=_format(self.channels_last))
         self.channels_last = len(self._static_shape()) == 4 and is_channels_last(fn(probe))
         return super()._apply(lambda tensor: _in_rows(fn(tensor)), recurse)
+
+    def _check_groups(self) -> None:
+        """Look at the groups when they are first used, and in evaluation mode whenever somebody wrote into them.
+
+        In training that would cost: `DistributedDataParallel` writes into all buffers at each call.
+
+        Raises:
+            RuntimeError: they are not whole, and cannot be mended.
+        """
+        held = self.frequency_group
+        prepared = self.KSM_Global is not None and not isinstance(self.KSM_Global, GlobalModulation)
+        if is_transformed() or prepared or held.is_inference():
+            return
+        tensor, version = self._groups_seen
+        if (tensor != id(held) or (not self.training and version != held._version)) and not self._mend_groups():
+            raise RuntimeError(
+                f"frequency_group of {type(self).__name__}{self._static_shape()} does not hold the groups of its "
+                "coefficients: it was never filled (to_empty), or is an average of several. It is the same in all copies "
+                "of a layer: load it from one (load_state_dict), and leave buffers of whole numbers out of averages"
+            )
+
+    @torch.no_grad()
+    def _mend_groups(self) -> bool:
+        """Undo what averaging does to whole numbers; False where the groups are not whole and cannot be mended."""
+        held = self.frequency_group
+        if is_transformed() or holds_no_values(held) or held.is_inference():
+            return True
+        if self._groups_seen == (id(held), held._version):
+            return True
+        out_channels, in_channels, k_h, k_w = self._kernel_shape()
+        d1, d2 = out_channels * k_h, in_channels * k_w
+        mended = mended_groups(held, d1, d2, self.config.kernel_num) if held.shape == (d1, d2 // 2 + 1) else held
+        if mended is None:
+            return False
+        if mended is not held:
+            held.copy_(mended)
+        self._groups_seen = (id(held), held._version)
+        return True
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self._mend_groups()  # those who average write into the state dict of a copy
+        super()._save_to_state_dict(*args)
 
     def _spectra(self) -> Tensor:
         return self.dft_weight.to(fft_dtype(self.dft_weight.dtype))
@@ -201,11 +255,10 @@ class FrequencyDynamic(nn.Module):
                 f"layer, layer.to({plain.dtype})"
             )
         scale = None if self.is_neutral() else filter_multiple(plain, self._neutral_weight())
-        uneven = scale is not None and (self.filter_scale is not None or scale.min() != scale.max())
-        if scale is not None and uneven:  # a filter's factor commutes with any modulation
-            self._scale_weight(scale)
-        else:
+        if scale is None:
             self.set_weight(plain)
+        else:
+            self._multiply(scale)
         self.channels_last = is_channels_last(plain)
 
     @torch.no_grad()
@@ -234,6 +287,26 @@ class FrequencyDynamic(nn.Module):
         if bias is not None:
             learns = (self.dft_weight if self.bias is None else self.bias).requires_grad
             self.bias = nn.Parameter(bias, learns)
+
+    @torch.no_grad()
+    def _multiply(self, scale: Tensor) -> None:
+        """Multiply the weight, static and dynamic, by a factor of each filter; NaN is one that is not known."""
+        if self.filter_scale is not None:  # of a filter that is zero whatever the sample, any factor is right
+            scale = scale.masked_fill(scale.isnan() & (self.filter_scale == 0), 1)
+        common = common_factor(scale, self.dft_weight.dtype)
+        if common is not None:
+            self.dft_weight.copy_(self._finite("spectrum", self.dft_weight.to(scale.dtype) * common))
+            return
+        unknown = scale.isnan()
+        if unknown.any() and (scale == 1).any():  # part of a weight was written to, and the rest left as it was
+            scale, unknown = scale.masked_fill(unknown, 1), torch.zeros_like(unknown)
+        if unknown.any():
+            raise ValueError(
+                f"filter {int(unknown.nonzero()[0])} of {type(self).__name__}{self._static_shape()} is zero at neutral "
+                "modulation, so a weight that is multiplied filter by filter does not tell its factor. Norms are folded "
+                "by fdsurgery.fuse_norms(model); layer.scale_filters(scale, shift) takes the factors themselves"
+            )
+        self._scale_weight(scale)
 
     @torch.no_grad()
     def _scale_weight(self, scale: Tensor) -> None:
@@ -271,6 +344,16 @@ class FrequencyDynamic(nn.Module):
                 self.expect_scale(bias=f"{prefix}bias" in state_dict)
             else:
                 self.filter_scale = None
+        elif f"{prefix}bias" in state_dict:  # as left by code that keeps the keys of a plain checkpoint that a model has
+            warnings.warn(
+                f"the state dict has the bias of the dynamic layer {prefix.rstrip('.') or type(self).__name__!r}, and "
+                "neither its dft_weight nor a plain weight: the layer keeps the weight that it has. Leave the weights of "
+                "a plain checkpoint in, for dynamic layers take them over",
+                stacklevel=2,
+            )
+        groups = state_dict.get(f"{prefix}frequency_group")
+        if isinstance(groups, Tensor) and groups.is_floating_point():  # an average of several, that of one number
+            state_dict[f"{prefix}frequency_group"] = groups.round().to(self.frequency_group.dtype)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @torch.no_grad()
@@ -396,6 +479,7 @@ class FrequencyDynamic(nn.Module):
                 "torch.onnx.export(..., dynamo=False) cannot export dynamic layers, for its operators do not suffice: "
                 "use torch.onnx.export(model, args, file, dynamo=True, dynamic_shapes=({0: 'batch'},))"
             )
+        self._check_groups()
         with without_autocast(context.device):
             spectra, factors = self._spectra(), self._factors(context)
         y = frequency_dynamic(
@@ -500,11 +584,24 @@ class FDConv2d(FrequencyDynamic, nn.Conv2d):  # type: ignore[misc, override]  # 
             return x, (top, left)
         return nn.functional.pad(x, (left, right, top, bottom)), (0, 0)  # "same" with a kernel of even size
 
+    def _check_input(self, x: Tensor) -> None:
+        """Refuse what `nn.Conv2d` refuses, in its words: the modulation reads the input first, and would say others."""
+        if x.dim() != 4:
+            raise RuntimeError(
+                f"Expected 3D (unbatched) or 4D (batched) input to conv2d, but got input of size: {list(x.shape)}"
+            )
+        if not torch.jit.is_tracing() and x.shape[1] != self.in_channels:
+            raise RuntimeError(
+                f"Given groups={self.groups}, weight of size {list(self._static_shape())}, expected input"
+                f"{list(x.shape)} to have {self.in_channels} channels, but got {x.shape[1]} channels instead"
+            )
+
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, fx.Proxy):
             return _called(self, input)
         if input.dim() == 3:  # not self.forward: a subclass that prepares its input has done so by now
             return FDConv2d.forward(self, input.unsqueeze(0)).squeeze(0)
+        self._check_input(input)
         x, context = input, self._context(input)
         if self.FBM is not None:
             x = self.FBM(x)

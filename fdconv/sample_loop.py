@@ -23,7 +23,7 @@ from .composite import (
     per_sample,
     per_sample_backward,
 )
-from .cpu import is_plain
+from .cpu import is_plain, wants_operations
 from .modulation import Factors
 from .strides import owned
 from .torch_steps import spectra_scale
@@ -121,7 +121,7 @@ class _SampleLoop(torch.autograd.Function):
         factors = Factors(*given)
         shape, conv, steps = ctx.settings
         wanted = [position for position, need in enumerate(ctx.needs_input_grad[: len(inputs)]) if need]
-        if torch.is_grad_enabled():  # somebody will differentiate the gradients
+        if wants_operations(grad):
             leaves = [inputs[position] for position in wanted]
             found = differentiable_gradients(grad, x, spectra, group, factors, shape, conv, leaves)
             gradients = dict(zip(wanted, found, strict=True))

@@ -68,6 +68,26 @@ def groups_from_order(order: Tensor, kernel_num: int) -> Tensor:
     return groups
 
 
+@torch.no_grad()
+def mended_groups(groups: Tensor, d1: int, d2: int, kernel_num: int) -> Tensor | None:
+    """What a map of groups was before somebody averaged it with its like and rounded down; itself if nobody did.
+
+    Averages of a model that go over buffers of whole numbers, too, do so: a whole group falls onto the one below.
+
+    Returns:
+        A map `(d1, d2//2 + 1)` in which each group has as many coefficients as it should; None where there is no telling.
+    """
+    held = groups.to("cpu", torch.int64)
+    number, larger = divmod(held.numel(), kernel_num)
+    if 0 <= int(held.min()) and int(held.max()) < kernel_num:
+        sizes = held.flatten().bincount(minlength=kernel_num)
+        if bool((sizes[:larger] == number + 1).all() and (sizes[larger:] == number).all()):
+            return groups
+    usual = frequency_groups(d1, d2, kernel_num)
+    fallen = usual.to(torch.int64) - held
+    return usual if bool(((fallen == 0) | (fallen == 1)).all()) else None
+
+
 def group_dtype(kernel_num: int) -> torch.dtype:
     """A small integer type that holds every group number, for the map is saved with the weights.
 

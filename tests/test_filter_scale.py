@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fdconv import FDConfig, FDConv2d, FDLinear
-from fdconv.filter_scale import filter_multiple
+from fdconv.filter_scale import common_factor, filter_multiple
 from fdconv.functional import set_backend
 from fdconv.official import public_obstacle
 from fdconv.prepared import prepare
@@ -182,5 +182,66 @@ def test_anything_else_is_no_multiple(dtype: torch.dtype) -> None:
     zeros[2] = 0
     for new in (trained, by_channel, one_filter, infinite, old.flatten(1), torch.randn_like(old)):
         assert filter_multiple(new, old) is None
-    assert filter_multiple(zeros, zeros) is None
+    assert filter_multiple(old, zeros) is None
     assert filter_multiple(old, old.to(torch.float64 if dtype != torch.float64 else torch.float32)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_filter_of_zeros_tells_no_factor(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    old = torch.randn(16, 4, 3, 3).to(dtype)
+    old[2] = 0
+    old[3] = torch.finfo(dtype).smallest_subnormal
+    scale = torch.rand(16).to(dtype) + 0.5
+    found = filter_multiple(old * scale[:, None, None, None], old)
+    assert found is not None and found.isnan().nonzero().flatten().tolist() == [2, 3]
+    assert common_factor(found, dtype) is None
+    same = filter_multiple(old * 3, old)
+    assert same is not None and common_factor(same, dtype) == pytest.approx(3, rel=torch.finfo(dtype).eps)
+
+
+@pytest.mark.filterwarnings("ignore::fdconv.lazy.NeutralWeightWarning")
+@pytest.mark.parametrize("ratio", [1, 2])
+@pytest.mark.parametrize("factor", [0.97, -2.0, 0.0])
+@torch.no_grad()
+def test_a_weight_times_a_number_needs_no_scale(factor: float, ratio: int) -> None:
+    """As decay by hand, of which a training run does many: the spectrum is multiplied, and its parts stay apart."""
+    torch.manual_seed(0)
+    layer = FDConv2d(4, 20, 3, bias=False, config=FDConfig(kernel_num=5, param_ratio=ratio))
+    for parameter in layer.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    x = torch.randn(3, 4, 7, 7)
+    expected = factor * layer(x)
+    layer.weight.data.mul_(factor)
+    torch.testing.assert_close(layer(x), expected)
+    assert layer.filter_scale is None
+
+
+@torch.no_grad()
+def test_norms_are_folded_one_after_another_through_filters_that_they_silence() -> None:
+    layer, x = modulated("conv")
+    norm = nn.BatchNorm2d(20, dtype=torch.float64).eval()
+    nn.init.uniform_(norm.weight, -2, 2)
+    nn.init.normal_(norm.bias)
+    norm.weight[5] = 0
+    expected = norm(norm(layer(x)))
+    fold = torch.nn.utils.fuse_conv_bn_eval
+    torch.testing.assert_close(fold(fold(layer.eval(), norm), norm)(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore::fdconv.lazy.NeutralWeightWarning")
+@torch.no_grad()
+def test_a_factor_that_a_weight_does_not_tell_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = modulated("conv without bias")
+    neutral = layer.weight.detach().clone()
+    neutral[7] = 0  # as in the numbers of float16, and in those that a transform happens to hit
+    monkeypatch.setattr(layer, "_neutral_weight", lambda: neutral)
+    before = layer(x)
+    with pytest.raises(ValueError, match=r"filter 7 of FDConv2d\(20, .*fuse_norms\(model\); layer.scale_filters"):
+        layer.weight = nn.Parameter(neutral * torch.rand(20, 1, 1, 1, dtype=torch.float64))
+    assert torch.equal(layer(x), before)
+    silenced = neutral.clone()
+    silenced[3] = 0
+    layer.weight = nn.Parameter(silenced)  # the others are as they were, and so is the seventh
+    assert not layer(x)[:, 3].any()
+    torch.testing.assert_close(layer(x)[:, 4:], before[:, 4:])

@@ -286,3 +286,16 @@ def test_whoever_folds_norms_afterwards_folds_nothing_twice() -> None:
         weight, layer.bias, folded.running_mean, folded.running_var, folded.eps, folded.weight, folded.bias
     )
     assert torch.equal(fused, weight) and torch.equal(bias, layer.bias)
+
+
+@pytest.mark.parametrize("converted", [True, False])
+def test_the_state_of_a_model_that_was_not_folded_is_refused(converted: bool) -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)).eval()
+    x = torch.randn(1, 3, 8, 8)
+    model = fdsurgery.convert(copy.deepcopy(plain), "generic", example_inputs=x)
+    state = (model if converted else plain).state_dict()
+    fdsurgery.fuse_norms(model, example_inputs=x)
+    model.load_state_dict(model.state_dict())
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match="'2' was a norm, which was folded into the layer before it"):
+            model.load_state_dict(state, strict=strict)

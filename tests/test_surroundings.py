@@ -624,3 +624,40 @@ def test_no_allocation_leaves_dtype_or_device_to_a_default() -> None:
             if ast.unparse(node.func).startswith("torch.") and not ({"dtype", "device"} <= given or None in given):
                 loose.append(f"{file.name}:{node.lineno}: {ast.unparse(node)}")
     assert not loose, loose
+
+
+@every_backend
+@every_kind
+def test_many_gradients_at_once(kind: str, backend: str) -> None:
+    """The backward pass of a graph that is there already, batched by `torch.autograd` or by `torch.func`."""
+    _, layer = pair(kind)
+    perturb(layer)
+    x = image(kind)
+    with using(backend):
+        y = layer(x)
+        parameters = list(layer.parameters())
+        above = torch.randn(3, *y.shape)
+        single = [torch.autograd.grad(y, parameters, one, retain_graph=True) for one in above]
+        batched = torch.autograd.grad(y, parameters, above, retain_graph=True, is_grads_batched=True)
+        mapped = torch.func.vmap(lambda one: torch.autograd.grad(y, parameters, one, retain_graph=True))(above)
+    for expected, *found in zip(zip(*single, strict=True), batched, mapped, strict=True):
+        for one in found:
+            torch.testing.assert_close(one, torch.stack(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 8, 8), (5, 8, 8), (2, 4, 8, 8, 1), (2, 8), (8,), ()])
+@pytest.mark.parametrize("kind", ["3x3", "1x1", "grouped"])
+def test_inputs_of_a_wrong_shape_are_refused_in_the_words_of_the_static_layer(kind: str, shape: tuple[int, ...]) -> None:
+    static = KINDS[kind]()
+    said = []
+    for layer in (static, dynamic(static)):
+        with pytest.raises(RuntimeError) as told:
+            layer(torch.ones(shape))
+        said.append(str(told.value))
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("kind", ["3x3", "linear"])
+def test_scripting_is_refused_in_one_sentence(kind: str) -> None:
+    with pytest.raises(RuntimeError, match=r"torch.jit.script cannot take FD.*: use torch.jit.trace"):
+        torch.jit.script(nn.Sequential(dynamic(KINDS[kind]()), nn.ReLU()))

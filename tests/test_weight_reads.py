@@ -452,3 +452,12 @@ def test_a_spectrum_that_float16_cannot_hold_is_refused() -> None:
         FDLinear.from_linear(linear)
     layer = FDLinear.from_linear(linear.bfloat16())
     assert torch.allclose(layer._neutral_weight().float(), linear.weight.float(), rtol=1e-2)
+
+
+@both
+def test_a_bias_that_comes_without_its_weight_is_told(kind: str) -> None:
+    """Code that keeps the keys of a checkpoint that a model has, too, leaves the plain weight out."""
+    layer, _ = make(kind)
+    model = nn.ModuleDict({"it": layer})
+    with pytest.warns(UserWarning, match="has the bias of the dynamic layer 'it', and neither its dft_weight nor a plain"):
+        model.load_state_dict({"it.bias": layer.bias}, strict=False)

@@ -43,6 +43,16 @@ class Folded(nn.Module):
             ones.fill_(1)
             zeros.zero_()
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Refuse a norm's state, which has nowhere to go: the layer before it holds what another norm was."""
+        if f"{prefix}running_mean" in state_dict:
+            rest[-1].append(
+                f"{prefix.rstrip('.')!r} was a norm, which was folded into the layer before it (fuse_norms), and the "
+                "state dict is that of a model where it was not: load it into such a model, and fold afterwards."
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.act(self.drop(x))
         return result
