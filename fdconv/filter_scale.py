@@ -26,8 +26,8 @@ def filter_multiple(new: Tensor, old: Tensor) -> Tensor | None:
         old: of the same shape and dtype.
 
     Returns:
-        `(C_out,)`, float64 (float32 where a device has no better); NaN for a filter that is zero in both, up to what the
-        dtype can hold, for that tells no factor. None where some filter of `new` is more than rounding away from a
+        `(C_out,)`, float64 (float32 where a device has no better); NaN for a filter that is zero in both, up to what
+        the dtype can hold, for that tells no factor. None where some filter of `new` is more than rounding away from a
         multiple of that of `old`, or is not finite.
     """
     if new.shape != old.shape or new.dtype != old.dtype or new.is_meta or not new.dim():

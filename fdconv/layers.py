@@ -169,8 +169,8 @@ class FrequencyDynamic(nn.Module):
         if (tensor != id(held) or (not self.training and version != held._version)) and not self._mend_groups():
             raise RuntimeError(
                 f"frequency_group of {type(self).__name__}{self._static_shape()} does not hold the groups of its "
-                "coefficients: it was never filled (to_empty), or is an average of several. It is the same in all copies "
-                "of a layer: load it from one (load_state_dict), and leave buffers of whole numbers out of averages"
+                "coefficients: it was never filled (to_empty), or is an average of several. It is the same in all "
+                "copies of a layer: load it from one (load_state_dict), and average no buffers of whole numbers"
             )
 
     @torch.no_grad()
@@ -243,6 +243,8 @@ class FrequencyDynamic(nn.Module):
         """
         if not isinstance(weight, Tensor):
             raise TypeError(_no_parameter(f"replaced by a {type(weight).__name__}"))
+        if isinstance(weight, LazyTensor):
+            weight = weight.to_be_assigned(self)
         plain = weight.detach()
         if type(plain.data) is not Tensor:
             raise TypeError(
@@ -303,8 +305,8 @@ class FrequencyDynamic(nn.Module):
         if unknown.any():
             raise ValueError(
                 f"filter {int(unknown.nonzero()[0])} of {type(self).__name__}{self._static_shape()} is zero at neutral "
-                "modulation, so a weight that is multiplied filter by filter does not tell its factor. Norms are folded "
-                "by fdsurgery.fuse_norms(model); layer.scale_filters(scale, shift) takes the factors themselves"
+                "modulation, so a weight that is multiplied filter by filter does not tell its factor. Norms are "
+                "folded by fdsurgery.fuse_norms(model); layer.scale_filters(scale, shift) takes the factors themselves"
             )
         self._scale_weight(scale)
 
@@ -344,11 +346,13 @@ class FrequencyDynamic(nn.Module):
                 self.expect_scale(bias=f"{prefix}bias" in state_dict)
             else:
                 self.filter_scale = None
-        elif f"{prefix}bias" in state_dict:  # as left by code that keeps the keys of a plain checkpoint that a model has
+        elif (
+            f"{prefix}bias" in state_dict
+        ):  # as left by code that keeps the keys of a plain checkpoint that a model has
             warnings.warn(
                 f"the state dict has the bias of the dynamic layer {prefix.rstrip('.') or type(self).__name__!r}, and "
-                "neither its dft_weight nor a plain weight: the layer keeps the weight that it has. Leave the weights of "
-                "a plain checkpoint in, for dynamic layers take them over",
+                "neither its dft_weight nor a plain weight: the layer keeps the weight that it has. Leave the weights "
+                "of a plain checkpoint in, for dynamic layers take them over",
                 stacklevel=2,
             )
         groups = state_dict.get(f"{prefix}frequency_group")

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn, Protocol
@@ -182,6 +183,16 @@ def refuse_where_lost(owner: Owner) -> None:
         _refuse(owner, *listed)
 
 
+def _refuse_optimizer(owner: Owner) -> None:
+    """Raise where an optimizer is given the weight, whose gradient would never come."""
+    frame = _reader()
+    if _path(frame).endswith("torch/optim/optimizer.py"):
+        raise WeightReadError(
+            f"the weight of a dynamic layer, {_short(owner)}, is computed, and an optimizer cannot train it: give the "
+            "optimizer layer.dft_weight and the other parameters of the layer, or model.parameters()"
+        )
+
+
 def _told(owner: Owner, computing: bool = True) -> None:
     """Refuse a read, or warn of it, where that is due."""
     frame = _reader()
@@ -243,18 +254,22 @@ _METADATA: set[Any] = {
 
 _SAME_IN_TORCH = (
     "reshape flatten unflatten ravel t transpose permute movedim moveaxis swapaxes swapdims squeeze unsqueeze select "
-    "narrow diagonal detach adjoint"
+    "narrow diagonal detach adjoint chunk split tensor_split hsplit vsplit dsplit unbind unflatten as_strided positive"
 )
 _VIEWS = {
     *_named(torch, _SAME_IN_TORCH),
     *_named(
         Tensor,
-        _SAME_IN_TORCH + " view unfold view_as reshape_as expand expand_as contiguous __getitem__ float double "
-        "half bfloat16",
+        _SAME_IN_TORCH
+        + " view unfold view_as reshape_as expand expand_as contiguous split_with_sizes __getitem__ float "
+        "double half bfloat16 to cpu type type_as",
     ),
     *map(_getter, ("data", "T", "mT", "H", "mH")),
 }
-"""What may give another look at the same memory, into which somebody may write."""
+"""What may give another look, or several, at the same memory, into which somebody may write."""
+
+_CONVERSIONS = {*_named(Tensor, "float double half bfloat16 to cpu type type_as")}
+_IS_LEAF = _getter("is_leaf")
 
 _OPERATORS = {f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()}
 _STRUCTURAL = set(
@@ -325,7 +340,7 @@ class LazyTensor(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA:
+        if func in _METADATA and func != _IS_LEAF:
             return super().__torch_function__(func, types, args, kwargs)
         name = getattr(func, "__name__", "")
         target = args[0] if args else kwargs.get("tensor", kwargs.get("input"))
@@ -346,6 +361,11 @@ class LazyTensor(torch.Tensor):
                     f"the weight of {_short(target._owner)} is computed, and has no memory of its own; "
                     "layer.weight.detach().clone() has"
                 )
+            if func is Tensor.__iter__:
+                return iter(target.unbind())
+            if func == _IS_LEAF:
+                _refuse_optimizer(target._owner)
+                return super().__torch_function__(func, types, args, kwargs)
             if func in _VIEWS and (view := target._view(func, args, kwargs)) is not None:
                 return view
         if _writes(name) and name not in _HARMLESS:
@@ -402,31 +422,57 @@ class LazyTensor(torch.Tensor):
         if self._steps:
             raise RuntimeError("the data of a view of a dynamic layer's weight cannot be exchanged; assign to weight")
         _told(self._owner, computing=False)
-        if isinstance(value, LazyTensor):
-            own = value._owner is self._owner  # then it is what it was, or what was written into it
-            value = value._of(value._owner._neutral_weight()) if own else value._values()
+        if isinstance(value, LazyTensor) and value._owner is not self._owner:
+            value = value._values()
         self._owner.adopt_weight(value)
 
-    def _view(self, func: Any, args: Any, kwargs: Any) -> LazyTensor | None:
-        """The view that a function gives, not computed yet; None where it gives no view."""
+    def to_be_assigned(self, owner: Owner) -> Tensor:
+        """The values, for a layer that is to stand for them.
+
+        Raises:
+            TypeError: this is the weight of another layer itself, which assigning would tie to this one.
+        """
+        if self._owner is owner:  # then it is what it was, or what was written into it
+            return self._of(owner._neutral_weight())
+        if not self._steps:
+            raise TypeError(
+                "the weight of a dynamic layer cannot be tied to that of another one, for it is computed; assign a "
+                "copy of its values: nn.Parameter(other.weight.detach().clone())"
+            )
+        return self._values()
+
+    def _view(self, func: Any, args: Any, kwargs: Any) -> LazyTensor | tuple[LazyTensor, ...] | None:
+        """The view that a function gives, or views, not computed yet; None where it gives none."""
         like = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device="meta")
         rest = args[1:]
+
+        def called(weight: Tensor) -> Any:
+            return func(weight, *rest, **kwargs) if args else func(**{**kwargs, "input": weight})
+
+        if (
+            func in _CONVERSIONS
+        ):  # on meta they would tell nothing: what stays on its device and of its dtype is the same
+            given = torch.empty(0, dtype=self.dtype, device=self.device)
+            return self if called(given) is given else None
         try:
-            view = func(like, *rest, **kwargs) if args else func(**{**kwargs, "input": like})
+            view = called(like)
         except Exception:  # then the function itself tells what is wrong, on values
             return None
         if view is like:
             return self
         detached = func in (Tensor.detach, torch.detach, _getter("data"))
-        if not isinstance(view, Tensor) or not (view._is_view() or detached):
-            return None
-
-        def step(weight: Tensor) -> Tensor:
-            result: Tensor = func(weight, *rest, **kwargs) if args else func(**{**kwargs, "input": weight})
-            return result
-
         requires_grad = self.requires_grad and not detached
-        return LazyTensor(self._owner, view.shape, view.stride(), requires_grad, (*self._steps, step))
+
+        def lazy(one: Any, step: Callable[[Tensor], Tensor]) -> LazyTensor | None:
+            if not isinstance(one, Tensor) or not (one._is_view() or detached):
+                return None
+            return LazyTensor(self._owner, one.shape, one.stride(), requires_grad, (*self._steps, step))
+
+        if not isinstance(view, (tuple, list)):
+            return lazy(view, called)
+        several = [lazy(one, partial(_one_of, called, index)) for index, one in enumerate(view)]
+        found = tuple(one for one in several if one is not None)
+        return found if len(found) == len(view) else None
 
     def _check_writable(self, func: Any, name: str) -> None:
         if name in _STRUCTURAL:
@@ -453,6 +499,10 @@ class LazyTensor(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self._values().detach().__reduce_ex__(protocol)
+
+
+def _one_of(several: Callable[[Tensor], Sequence[Tensor]], index: int, weight: Tensor) -> Tensor:
+    return several(weight)[index]
 
 
 def _computed(given: Any) -> Any:

@@ -75,11 +75,11 @@ def mended_groups(groups: Tensor, d1: int, d2: int, kernel_num: int) -> Tensor |
     Averages of a model that go over buffers of whole numbers, too, do so: a whole group falls onto the one below.
 
     Returns:
-        A map `(d1, d2//2 + 1)` in which each group has as many coefficients as it should; None where there is no telling.
+        A map `(d1, d2//2 + 1)` in which each group has as many coefficients as it should; None where that is not known.
     """
     held = groups.to("cpu", torch.int64)
     number, larger = divmod(held.numel(), kernel_num)
-    if 0 <= int(held.min()) and int(held.max()) < kernel_num:
+    if int(held.min()) >= 0 and int(held.max()) < kernel_num:
         sizes = held.flatten().bincount(minlength=kernel_num)
         if bool((sizes[:larger] == number + 1).all() and (sizes[larger:] == number).all()):
             return groups

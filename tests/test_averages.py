@@ -21,7 +21,11 @@ def network(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     config = FDConfig(kernel_num=16, norm="rms")
     model = nn.Sequential(
-        FDConv2d(3, 6, 3, config=config), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), FDLinear(6, 9, config=config)
+        FDConv2d(3, 6, 3, config=config),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        FDLinear(6, 9, config=config),
     )
     with torch.no_grad():
         for parameter in model.parameters():

@@ -647,7 +647,9 @@ def test_many_gradients_at_once(kind: str, backend: str) -> None:
 
 @pytest.mark.parametrize("shape", [(2, 5, 8, 8), (5, 8, 8), (2, 4, 8, 8, 1), (2, 8), (8,), ()])
 @pytest.mark.parametrize("kind", ["3x3", "1x1", "grouped"])
-def test_inputs_of_a_wrong_shape_are_refused_in_the_words_of_the_static_layer(kind: str, shape: tuple[int, ...]) -> None:
+def test_inputs_of_a_wrong_shape_are_refused_in_the_words_of_the_static_layer(
+    kind: str, shape: tuple[int, ...]
+) -> None:
     static = KINDS[kind]()
     said = []
     for layer in (static, dynamic(static)):

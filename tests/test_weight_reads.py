@@ -46,7 +46,7 @@ READS: dict[str, Callable[[nn.Module], Any]] = {
     "numpy": lambda layer: layer.weight.detach().numpy(),
     "list": lambda layer: layer.weight.tolist(),
     "text": lambda layer: repr(layer.weight),
-    "rows": lambda layer: list(layer.weight),
+    "rows": lambda layer: [row.sum() for row in layer.weight],
     "concatenated": lambda layer: torch.cat([layer.weight.flatten(), layer.weight.flatten()]),
     "another tensor": lambda layer: torch.zeros(layer.weight.shape).copy_(layer.weight.detach()),
     "convolution": lambda layer: (
@@ -130,6 +130,13 @@ WRITES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "row": lambda weight, value: weight[2].mul_(3),
     "view": lambda weight, value: weight.view(6, -1).copy_(value.view(6, -1)),
     "column of a view": lambda weight, value: weight.flatten(1)[:, 0].zero_(),
+    "rows": lambda weight, value: [row.mul_(index) for index, row in enumerate(weight)],
+    "unbound": lambda weight, value: weight.data.unbind()[3].zero_(),
+    "chunks": lambda weight, value: weight.chunk(2)[1].copy_(value[3:]),
+    "split": lambda weight, value: torch.split(weight, [2, 4])[1][0].neg_(),
+    "unflattened": lambda weight, value: weight.data.unflatten(0, (2, 3))[1].fill_(1.0),
+    "by strides": lambda weight, value: weight.data.as_strided((6,), (value[0].numel(),)).fill_(2.0),
+    "moved to where it is": lambda weight, value: weight.data.to(value).float().cpu().type_as(value).zero_(),
     "transposed": lambda weight, value: weight.flatten(1).t()[0].fill_(1),
     "operators": lambda weight, value: weight.__imul__(0.5),
     "index_fill_": lambda weight, value: weight.index_fill_(0, torch.tensor([1]), 2.0),
@@ -202,6 +209,20 @@ def test_augmented_assignment_through_the_layer(kind: str) -> None:
 
 
 @both
+def test_a_detached_weight_is_assigned_as_a_copy(kind: str) -> None:
+    layer, x = make(kind)
+    y = layer(x)
+    layer.weight = nn.Parameter(layer.weight.detach())
+    torch.testing.assert_close(layer(x), y)
+    other, _ = make(kind, neutral=True)
+    other.weight = nn.Parameter(layer.weight.data)
+    other.bias = layer.bias
+    plain = layer.to_conv() if isinstance(layer, FDConv2d) else layer.to_linear()
+    torch.testing.assert_close(other(x), plain(x))
+
+
+@both
+@pytest.mark.filterwarnings("ignore::fdconv.NeutralWeightWarning")
 def test_a_weight_may_be_assigned(kind: str) -> None:
     layer, x = make(kind, neutral=True)
     static = KINDS[kind]()
@@ -242,6 +263,9 @@ def test_a_weight_may_be_assigned(kind: str) -> None:
             RuntimeError,
             "set_weight",
         ),
+        (lambda layer: torch.optim.SGD([layer.weight], 0.1), WeightReadError, "give the optimizer layer.dft_weight"),
+        (lambda layer: torch.optim.AdamW([{"params": layer.weight}]), WeightReadError, "model.parameters"),
+        (lambda layer: setattr(layer, "weight", copy.deepcopy(layer).weight), TypeError, "tied.*clone"),
         (lambda layer: nn.utils.parametrizations.weight_norm(layer), (RuntimeError, ValueError), "weight"),
         (lambda layer: nn.utils.parametrizations.spectral_norm(layer), (RuntimeError, ValueError), "weight"),
     ],
@@ -459,5 +483,7 @@ def test_a_bias_that_comes_without_its_weight_is_told(kind: str) -> None:
     """Code that keeps the keys of a checkpoint that a model has, too, leaves the plain weight out."""
     layer, _ = make(kind)
     model = nn.ModuleDict({"it": layer})
-    with pytest.warns(UserWarning, match="has the bias of the dynamic layer 'it', and neither its dft_weight nor a plain"):
+    with pytest.warns(
+        UserWarning, match="has the bias of the dynamic layer 'it', and neither its dft_weight nor a plain"
+    ):
         model.load_state_dict({"it.bias": layer.bias}, strict=False)
