@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -185,16 +186,29 @@ def test_a_second_adapter_is_held_to_the_same() -> None:
     assert isinstance(layer.base_layer, FDConv2d)
 
 
-@pytest.mark.parametrize("tuner", ["LoHaConfig", "LoKrConfig", "IA3Config"])
+@pytest.mark.parametrize("tuner", ["LoHaConfig", "LoKrConfig", "IA3Config", "OFTConfig"])
 def test_merges_of_other_adapters_are_not_lost_in_silence(tuner: str) -> None:
-    model, _ = converted("test_vit")
+    """They go into the static weight: exact while the modulation is neutral, and told where it is not."""
+    model, x = converted("test_vit")
+    for name, parameter in model.named_parameters():
+        if "_fc." in name:
+            nn.init.zeros_(parameter)
     settings = {"feedforward_modules": []} if tuner == "IA3Config" else {}
     adapted = peft.get_peft_model(model, getattr(peft, tuner)(target_modules=["fc1"], **settings)).eval()
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.2)
             assert "fc1" in name
-    with pytest.raises(RuntimeError, match="call the layer's set_weight"):
+    before = outputs(adapted, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fdsurgery.NeutralWeightWarning)
+        adapted.merge_adapter()
+    assert relative_error(outputs(adapted, x), before) < 1e-5
+    adapted.unmerge_adapter()
+    for name, parameter in adapted.named_parameters():
+        if "_fc." in name:
+            nn.init.normal_(parameter, std=0.2)
+    with pytest.warns(fdsurgery.NeutralWeightWarning, match="modulation"):
         adapted.merge_adapter()
 
 

@@ -635,15 +635,18 @@ def test_every_element_is_written(name: str, monkeypatch: pytest.MonkeyPatch) ->
     operator, arguments = calls()[name]
     arguments = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
     expected = operator(*arguments)
-    empty = torch.empty
     poisoned = 0
 
-    def poison(*args: Any, **kwargs: Any) -> Tensor:
-        nonlocal poisoned
-        poisoned += 1
-        return empty(*args, **kwargs).fill_(float("nan"))
+    def poisoning(empty: Any) -> Any:
+        def poison(*args: Any, **kwargs: Any) -> Tensor:
+            nonlocal poisoned
+            poisoned += 1
+            return empty(*args, **kwargs).fill_(float("nan"))
 
-    monkeypatch.setattr(torch, "empty", poison)
+        return poison
+
+    monkeypatch.setattr(torch, "empty", poisoning(torch.empty))
+    monkeypatch.setattr(Tensor, "new_empty", poisoning(Tensor.new_empty))
     y = operator(*arguments)
     monkeypatch.undo()
     assert poisoned > 0

@@ -85,7 +85,7 @@ def _positions(flow: Flow, call: Node) -> int:
 
 def _kept_apart(group: list[_Attention]) -> str | None:
     """Why the positions of a stack do not all meet, over all of its layers; None if they do."""
-    allowed = torch.zeros(1, group[0].length, group[0].length, dtype=torch.bool)
+    allowed = torch.zeros(1, group[0].length, group[0].length, dtype=torch.bool, device="cpu")
     for attention in group:
         if allowed.shape[0] != attention.allowed.shape[0] and 1 not in (allowed.shape[0], attention.allowed.shape[0]):
             return None
@@ -200,7 +200,7 @@ def _attentions(flow: Flow, values: _Values) -> Iterator[_Attention]:
         length = lengths[0]
         if lengths[0] != lengths[1] or length < 2 or length**2 > _MOST_PAIRS:
             continue
-        allowed = torch.ones(1, length, length, dtype=torch.bool)
+        allowed = torch.ones(1, length, length, dtype=torch.bool, device="cpu")
         for entries in hidden:
             if entries is not None and entries.dim() >= 2 and entries.shape[-1] == length:
                 allowed = allowed & ~_by_sample(entries, length)
@@ -209,8 +209,8 @@ def _attentions(flow: Flow, values: _Values) -> Iterator[_Attention]:
 
 def _evaluated(mask_mod: Callable[..., Any], lengths: list[int]) -> Tensor | None:
     """A mask that FlexAttention computes from indices, for the first sample and head."""
-    queries, keys = (torch.arange(length) for length in lengths)
-    zero = torch.zeros((), dtype=torch.long)
+    queries, keys = (torch.arange(length, dtype=torch.int64, device="cpu") for length in lengths)
+    zero = torch.zeros((), dtype=torch.int64, device="cpu")
     try:
         allowed = mask_mod(zero, zero, queries[:, None], keys[None])
     except Exception:  # code of other people, called in a way of our own
@@ -331,7 +331,7 @@ class _Values:
             return getattr(self.model.get_submodule(owner), key).detach().cpu()
         if takes_shape(self.flow, node):
             like: Any = node.all_input_nodes[0]
-            self.known.setdefault(like, torch.empty(shape_of(like) or (), dtype=like.meta.get("dtype")))
+            self.known.setdefault(like, torch.empty(shape_of(like) or (), dtype=like.meta.get("dtype"), device="cpu"))
         args, kwargs = self._filled(node.args), self._filled(node.kwargs)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
