@@ -33,7 +33,11 @@ class Case:
 
 def small_segformer() -> nn.Module:
     config = transformers.SegformerConfig(
-        depths=[1, 1, 2, 1], hidden_sizes=[16, 32, 48, 64], decoder_hidden_size=32, num_labels=5
+        depths=[1, 1, 2, 1],
+        hidden_sizes=[16, 32, 48, 64],
+        num_attention_heads=[1, 2, 4, 8],
+        decoder_hidden_size=32,
+        num_labels=5,
     )
     return transformers.SegformerForSemanticSegmentation(config)
 

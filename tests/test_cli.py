@@ -186,6 +186,7 @@ def test_importing_the_library_is_light() -> None:
     assert float(done.stdout) < 3, "well under a second on an idle machine"
 
 
+@pytest.mark.long
 def test_the_demo_runs_and_draws(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from rich.console import Console

@@ -178,6 +178,7 @@ def test_a_converted_segformer_exports_with_torch_at_any_size() -> None:
     assert_agrees(lambda x: first(program(x)), model, (1, *x.shape[1:]), (3, 3, 64, 96))
 
 
+@pytest.mark.long
 def test_a_converted_resnet_runs_in_onnxruntime(tmp_path: Path) -> None:
     model, x = small_resnet()
     file, run = exported(model, x[:2], tmp_path / "model.onnx", ANY_BATCH)

@@ -227,7 +227,7 @@ def test_mutated_descriptions_end_in_one_message_or_load_right(kind: str, tmp_pa
     assert 0 < try_files(kind, tmp_path / "saved", range(count)) < count
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", DOCUMENTS)
 def test_many_mutated_descriptions(kind: str, tmp_path: Path) -> None:
     more = {"timm": 3000, "torchvision": 500, "transformers": 1500, "config.json": 1500}
@@ -272,7 +272,7 @@ def test_mutated_plans_end_in_one_message_or_apply() -> None:
     try_plans(range(100))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_thousand_mutated_plans() -> None:
     try_plans(range(100, 2100))
 
@@ -293,6 +293,6 @@ def test_faulty_recipes_end_in_one_message_or_are_read() -> None:
     try_recipes(range(150))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_thousand_faulty_recipes() -> None:
     try_recipes(range(150, 2150))

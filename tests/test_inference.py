@@ -286,6 +286,7 @@ def test_graphs_on_a_gpu(name: str) -> None:
     assert len(fast.forward.graphs) == 2 and all(fast.forward.graphs.values())  # type: ignore[union-attr]
 
 
+@pytest.mark.long
 def test_prepared_copies_are_copied_pickled_and_exported() -> None:
     x = torch.randn(2, 3, 32, 32)
     model = fdsurgery.settle_(timm.create_model("test_resnet"), x)

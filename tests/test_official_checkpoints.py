@@ -251,7 +251,9 @@ SIXTEEN: dict[str, Any] = {"kernel_num": 16}
 """Small layers do not make 64 groups of one size."""
 
 
-@pytest.mark.parametrize("name", ["test_resnet", pytest.param("resnet50", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", [pytest.param("test_resnet", marks=pytest.mark.long), pytest.param("resnet50", marks=pytest.mark.slow)]
+)
 def test_three_checkpoints_travel_there_and_back(name: str, tmp_path: Path) -> None:
     """Plain, converted, loaded in a fresh process to the same outputs, and back to the official names."""
     cases: dict[str, tuple[nn.Module, Tensor, Path, str]] = {}

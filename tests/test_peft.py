@@ -274,6 +274,7 @@ def test_a_model_with_adapters_is_not_converted(merged: bool) -> None:
 
 
 @pytest.mark.parametrize("order", ["import fdsurgery; import peft", "import peft; import fdsurgery"])
+@pytest.mark.long
 def test_either_may_be_imported_first(order: str) -> None:
     program = (
         f"{order}; from fdconv import FDConv2d; from torch import nn\n"

@@ -175,7 +175,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "order", [name if number == 0 else pytest.param(name, marks=pytest.mark.long) for number, name in enumerate(ORDERS)]
+)
 def test_a_fresh_process_gives_the_same_outputs(order: str, saved: dict[str, Path]) -> None:
     imports, load = ORDERS[order]
     script = IN_A_FRESH_PROCESS.format(imports=imports, load=load)
@@ -227,9 +229,9 @@ for arguments in ({}, {"num_labels": 3, "ignore_mismatched_sizes": True}):
     ("name", "model_class"),
     [
         ("vit", "AutoModelForImageClassification"),
-        ("vit", "ViTModel"),
-        ("clip", "CLIPModel"),
-        ("clip", "CLIPVisionModel"),
+        pytest.param("vit", "ViTModel", marks=pytest.mark.long),
+        pytest.param("clip", "CLIPModel", marks=pytest.mark.long),
+        pytest.param("clip", "CLIPVisionModel", marks=pytest.mark.long),
     ],
 )
 def test_transformers_without_us_refuses_and_says_what_to_install(

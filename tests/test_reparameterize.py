@@ -43,7 +43,7 @@ TIMM = {
 """By the module of timm that reparameterises."""
 QUICK = ("test_byobnet", "levit_128s")
 NAMES = [
-    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for names in TIMM.values() for name in names
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for names in TIMM.values() for name in names
 ]
 FIXED_SIZE = ("levit", "tiny_vit", "efficientvit")
 CHAOTIC = ("mobileone_s0", "repvgg_a0")
@@ -136,9 +136,9 @@ def test_every_family_of_timm_that_reparameterises_is_here() -> None:
 
 YOLO = [
     pytest.param("yolo11n.yaml", False, id="yolo11n"),
-    pytest.param("yolov8n.yaml", False, id="yolov8n", marks=pytest.mark.slow),
-    pytest.param("yolov9t.yaml", True, id="yolov9t, RepConv", marks=pytest.mark.slow),
-    pytest.param("yolov10n.yaml", True, id="yolov10n, RepVGGDW", marks=pytest.mark.slow),
+    pytest.param("yolov8n.yaml", False, id="yolov8n", marks=pytest.mark.long),
+    pytest.param("yolov9t.yaml", True, id="yolov9t, RepConv", marks=pytest.mark.long),
+    pytest.param("yolov10n.yaml", True, id="yolov10n, RepVGGDW", marks=pytest.mark.long),
 ]
 
 

@@ -24,7 +24,22 @@ def planned(spec: str, recipe: str = "auto") -> fdsurgery.Plan:
         return fdsurgery.plan(build(spec, pretrained=False)[0], recipe)
 
 
-@pytest.mark.parametrize(("name", "figures"), CHECKS, ids=[f"{name} {figures.model}" for name, figures in CHECKS])
+LARGE = ("OneFormer", "Detr", "TableTransformer", "fasterrcnn", "maskrcnn")
+"""Parts of the names of models that take long to build and to plan."""
+
+
+@pytest.mark.parametrize(
+    ("name", "figures"),
+    [
+        pytest.param(
+            name,
+            figures,
+            id=f"{name} {figures.model}",
+            marks=pytest.mark.long if any(part in figures.model for part in LARGE) else (),
+        )
+        for name, figures in CHECKS
+    ],
+)
 def test_figures(name: str, figures: Figures) -> None:
     plan = planned(figures.model)
     assert plan.recipe == name

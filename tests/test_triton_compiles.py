@@ -266,7 +266,10 @@ def check(kernels: list[dict[str, Any]]) -> None:
         assert one["matrix_unit"] != floats, f"float32 is exact, the others are for the matrix unit: {one}"
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(
+    scope="module",
+    params=[ARCHITECTURES[-1], *(pytest.param(one, marks=pytest.mark.long) for one in ARCHITECTURES[:-1])],
+)
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return child(request.param, tmp_path_factory.mktemp("triton"))
 

@@ -692,7 +692,13 @@ assert not triton_kernels.available(torch.device("cuda"))
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("path", golden.FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=pytest.mark.long if path.stem.startswith("conv3x3_64") else ())
+        for path in golden.FILES
+    ],
+)
 def test_official_layers_give_their_own_numbers(path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> Any:
         raise AssertionError("not through the kernels")

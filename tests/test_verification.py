@@ -218,6 +218,7 @@ def test_two_converted_models_and_the_way_back() -> None:
     assert fdsurgery.verify(before, fdsurgery.restore(after), x).layers == ()
 
 
+@pytest.mark.long
 def test_wrapped_compiled_and_prepared_models() -> None:
     x = torch.randn(2, 3, 16, 16)
     before, after = converted(Twice(), x, EVERY)

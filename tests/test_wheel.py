@@ -7,6 +7,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 USE = """
@@ -23,6 +25,7 @@ assert plan.recipe == "resnet" and len(plan.swaps) == 16
 """
 
 
+@pytest.mark.long
 def test_an_installed_wheel_finds_its_recipes(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True)

@@ -20,7 +20,12 @@ def threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "spec", ["timm:test_vit", "timm:test_efficientnet", "transformers:SegformerForSemanticSegmentation"]
+    "spec",
+    [
+        "timm:test_vit",
+        pytest.param("timm:test_efficientnet", marks=pytest.mark.long),
+        pytest.param("transformers:SegformerForSemanticSegmentation", marks=pytest.mark.long),
+    ],
 )
 def test_a_model_is_measured(spec: str) -> None:
     row = measure(spec)
@@ -56,6 +61,7 @@ def test_every_timm_module_has_its_model() -> None:
     assert len(known) >= 90
 
 
+@pytest.mark.long
 def test_tracers_are_compared() -> None:
     row = tracers.measure("timm:coat_tiny")  # it holds modules under several names
     assert (row["record"], row["sites"], row["fx"], row["timm"], row["export"]) == ("meta", 101, "same", "same", "same")
