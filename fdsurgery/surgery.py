@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -213,11 +214,12 @@ def _check_in_use(model: nn.Module, plan: Plan, seen: Observation) -> None:
             f"same inputs. It said: {type(error).__name__}: {said}. Keep what is used there in a way of its own: "
             f"plan = plan.keeping({(inside or swapped_names)[0]!r}, because=...). The model was put back as it was"
         ) from error
-    called = {node.target for node in graph.nodes if node.op == "call_module"}
-    idle = [name for name in swapped_names if name not in called]
-    if idle:
-        raise RewriteError(
-            f"after the swap {len(idle)} new layer(s) are never called, {idle[0]!r} first: the model holds them in a "
-            f"place that cannot be reached; keep them: plan = plan.keeping({idle[0]!r}, because=...). The model was "
-            "put back as it was"
-        )
+    called = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    for name in swapped_names:
+        before = next(site.calls for site in seen.sites if name in (site.name, *site.aliases))
+        if called[name] < before:
+            raise RewriteError(
+                f"after the swap {name!r} is {f'called {called[name]} times' if called[name] else 'never called'}, and "
+                f"was {before} times before: the model holds it in a place that cannot be reached as well; keep it: "
+                f"plan = plan.keeping({name!r}, because=...). The model was put back as it was"
+            )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import random
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -153,6 +156,115 @@ class Aside(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.weight, self.bias)
+
+
+def forwards(forward: Callable[..., Tensor], **members: Any) -> type[nn.Conv2d]:
+    """A class of convolutions with this forward, and with these members on every layer."""
+
+    class Convolution(nn.Conv2d):
+        def __init__(self, *arguments: Any, **keywords: Any) -> None:
+            super().__init__(*arguments, **keywords)
+            for name, make in members.items():
+                setattr(self, name, make())
+
+    Convolution.forward = forward  # type: ignore[method-assign]
+    return Convolution
+
+
+def with_weight(change: Callable[[Any, Tensor], Tensor], **members: Any) -> type[nn.Conv2d]:
+    return forwards(lambda self, x: self._conv_forward(x, change(self, self.weight), self.bias), **members)
+
+
+def with_output(change: Callable[[Tensor], Tensor]) -> type[nn.Conv2d]:
+    return forwards(lambda self, x: change(nn.Conv2d.forward(self, x)))
+
+
+def seldom(number: Callable[[Any], float]) -> type[nn.Conv2d]:
+    """Drops its weight in one step of many."""
+    return with_weight(lambda self, w: w * 0 if self.training and number(self) < 0.01 else w, source=torch.Generator)
+
+
+def rounded(w: Tensor) -> Tensor:
+    scale = w.detach().abs().amax() / 127
+    return (w / scale).round() * scale
+
+
+def in_full_precision(self: Any, x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return nn.Conv2d.forward(self, x.float())
+
+
+SEEN: list[Tensor] = []
+CLASSES: dict[str, tuple[type[nn.Conv2d], str]] = {
+    "Python's numbers": (seldom(lambda self: random.random()), "draws random numbers"),
+    "numpy's numbers": (seldom(lambda self: float(numpy.random.rand())), "draws random numbers"),
+    "a generator": (seldom(lambda self: float(torch.rand((), generator=self.source))), "draws random numbers"),
+    "with gradients": (with_weight(lambda self, w: w * 2 if torch.is_grad_enabled() else w), "else in training"),
+    "with batches": (forwards(lambda self, x: self._conv_forward(x, self.weight * len(x), None)), "from the input"),
+    "relu in place": (with_output(lambda y: F.relu(y, inplace=True)), "for something else"),
+    "a factor in place": (with_output(lambda y: y.mul_(2)), "for something else"),
+    "a hook on the output": (with_output(lambda y: (y.requires_grad and y.register_hook(torch.neg), y)[1]), "else"),
+    "told to others": (forwards(lambda self, x: (SEEN.append(x.mean()), nn.Conv2d.forward(self, x))[1]), "else too"),
+    "counted in place": (
+        with_weight(lambda self, w: (self.count.add_(1), w)[1], count=lambda: torch.zeros(())),
+        "stores 'count'",
+    ),
+    "a second weight in evaluation": (
+        with_weight(
+            lambda self, w: w if self.training else self.kept, kept=lambda: nn.Parameter(torch.ones(16, 16, 3, 3))
+        ),
+        "else in training",
+    ),
+    "rounded": (with_weight(lambda self, w: w + (rounded(w) - w).detach()), "other gradients"),
+    "signs": (with_weight(lambda self, w: w + (w.sign() - w).detach()), "other gradients"),
+    "fake quantisation": (
+        with_weight(lambda self, w: torch.fake_quantize_per_tensor_affine(w, 0.01, 0, -128, 127)),
+        "other gradients",
+    ),
+    "a learned step": (
+        with_weight(
+            lambda self, w: (w / self.step + ((w / self.step).round() - w / self.step).detach()) * self.step,
+            step=lambda: nn.Parameter(torch.tensor(0.02)),
+        ),
+        "other gradients",
+    ),
+    "detached": (with_weight(lambda self, w: w.detach()), "other gradients"),
+    "a slower weight": (with_weight(lambda self, w: w * 0.1 + (w * 0.9).detach()), "other gradients"),
+    "positive": (with_weight(lambda self, w: F.softplus(w)), "from being negative"),
+    "in full precision": (forwards(in_full_precision), "where autocast is on"),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_class_that_does_more_than_its_outputs_show_is_kept(name: str) -> None:
+    kind, said = CLASSES[name]
+    assert said in str(reason(net(kind)))
+
+
+def test_averages_kept_for_evaluation() -> None:
+    class Averaged(nn.Conv2d):
+        def __init__(self, *arguments: Any, **keywords: Any) -> None:
+            super().__init__(*arguments, **keywords)
+            self.register_buffer("average", self.weight.detach().clone())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self._conv_forward(x, self.weight if self.training else self.average, self.bias)
+
+    assert "another weight in training" in str(reason(net(Averaged))), "though the two are the same now"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        with_weight(lambda self, w: w - w.mean((1, 2, 3), keepdim=True)),
+        with_weight(lambda self, w: w / w.flatten(1).norm(dim=1).view(-1, 1, 1, 1)),
+        with_weight(lambda self, w: w * 0.7),
+        with_weight(lambda self, w: w + self.delta, delta=lambda: nn.Parameter(torch.zeros(16, 1, 1, 1))),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_weight_that_is_computed_smoothly_is_no_reason(kind: type[nn.Conv2d], dtype: torch.dtype) -> None:
+    assert reason(net(kind).to(dtype), x=X.to(dtype)) is None
 
 
 @pytest.mark.parametrize(
@@ -330,6 +442,97 @@ def test_hooks_of_parameters() -> None:
     twice = net()
     twice.a.same = twice.a.weight
     assert "under two names" in str(reason(twice))
+
+
+class Marked(nn.Parameter):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [
+        (lambda model: setattr(model.b.weight, "data", model.a.weight.data), "shares a parameter with 'b.weight'"),
+        (lambda model: setattr(model, "decayed", [{"params": (model.a.weight,)}]), "shares a parameter with 'decayed'"),
+        (lambda model: setattr(model.a, "weight", Marked(model.a.weight.data)), "is a Marked"),
+        (lambda model: setattr(model.a.weight, "past", [torch.ones(16)]), "tensor 'past' of others"),
+    ],
+    ids=["memory", "list", "class", "tensors"],
+)
+def test_a_weight_that_others_know(share: Callable[[Any], None], said: str) -> None:
+    model = net()
+    share(model)
+    assert said in str(reason(model))
+
+
+class Elsewhere(Net):
+    """Calls a layer in training, and perhaps in evaluation, that it holds in a second place."""
+
+    def __init__(self, hold: Callable[[nn.Module], Any], call: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.place, self.call = hold(self.a), call
+
+    def features(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        return F.relu(self.b(self.call(self.place, x) if self.training else self.a(x)))
+
+
+@dataclass
+class Box:
+    layer: Any
+
+
+@pytest.mark.parametrize(
+    ("hold", "call"),
+    [
+        (lambda layer: deque([layer]), lambda place, x: place[0](x)),
+        (lambda layer: {layer}, lambda place, x: next(iter(place))(x)),
+        (lambda layer: Box([layer]), lambda place, x: place.layer[0](x)),
+    ],
+    ids=["deque", "set", "object"],
+)
+def test_layers_are_swapped_wherever_a_model_holds_them(hold: Any, call: Any) -> None:
+    torch.manual_seed(0)
+    model = Elsewhere(hold, call)
+    fdsurgery.convert(model, example_inputs=X)
+    model.train()(X).sum().backward()
+    assert isinstance(model.a, FDConv2d) and model.a.dft_weight.grad is not None
+    fdsurgery.restore(model)
+    model(X).sum().backward()
+    assert type(model.a) is nn.Conv2d and model.a.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [lambda layer: lambda x: layer(x), lambda layer: functools.partial(layer), lambda layer: layer.forward],
+    ids=["closure", "partial", "method"],
+)
+def test_functions_that_hold_a_layer_keep_it(hold: Any) -> None:
+    torch.manual_seed(0)
+    assert "a function that the model keeps ('place')" in str(reason(Elsewhere(hold, lambda place, x: place(x))))
+
+
+def test_a_call_that_a_swap_would_not_reach_is_found_by_the_check() -> None:
+    held: list[Any] = []
+
+    class Global(Net):
+        def features(self, x: Tensor) -> Tensor:
+            x = F.relu(self.stem(x))
+            return F.relu(self.b(self.a(x) + held[0](x)))
+
+    model = Global()
+    held.append(model.a)
+    before = model(X)
+    assert "read past the layer" in str(reason(model))
+    torch.testing.assert_close(fdsurgery.convert(model, example_inputs=X)(X), before)
+
+
+def test_backward_hooks_of_a_layer() -> None:
+    model, heard = net(), []
+    model.a.register_full_backward_hook(lambda layer, given, got: heard.append(layer))
+    model.b.register_full_backward_pre_hook(lambda layer, got: heard.append(layer))
+    fdsurgery.convert(model, example_inputs=X)
+    model(X).sum().backward()
+    assert heard == [model.b, model.a] and isinstance(model.a, FDConv2d)
 
 
 def test_hooks_that_know_their_module() -> None:

@@ -252,6 +252,56 @@ def test_layers_beside_masked_convolutions() -> None:
     assert "'0' holds some of its weight at zero" in found["2"] and "'0'" in found["4"]
 
 
+HALF = (torch.arange(12) < 6).float()
+
+
+@pytest.mark.parametrize(
+    ("change", "mask"),
+    [
+        (lambda x, mask: x * mask, HALF.expand(2, 1, 12, 12)),
+        (lambda x, mask: x * mask.expand_as(x), HALF.expand(2, 1, 12, 12)),
+        (lambda x, mask: x.masked_fill(mask == 0, 0), HALF.expand(2, 1, 12, 12)),
+        (lambda x, mask: torch.where(mask > 0, x, 0), HALF.expand(2, 1, 12, 12)),
+    ],
+    ids=["factor", "full factor", "filled", "chosen"],
+)
+def test_features_of_which_a_mask_takes_positions_out(change: Callable[[Tensor, Tensor], Tensor], mask: Tensor) -> None:
+    """As in sparse and partial convolutions, and behind padding."""
+
+    class Sparse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 32, 1)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.second(F.relu(change(self.first(x), mask)))
+
+    x = torch.randn(2, 3, 12, 12)
+    assert "a mask takes some positions out" in cautions(Sparse(), (x, mask))["second"]
+    assert cautions(Sparse(), (x, torch.ones_like(mask))) == {}, "nothing is hidden"
+
+
+def test_tokens_of_which_a_mask_takes_some_out() -> None:
+    class Pooled(nn.Module):
+        def __init__(self, write: bool) -> None:
+            super().__init__()
+            self.write = write
+            self.embed, self.fc1, self.fc2 = nn.Linear(8, D), nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
+
+        def forward(self, x: Tensor, there: Tensor) -> Tensor:
+            x = self.embed(x)
+            if self.write:
+                x[~there.bool()] = 0
+            x = x + self.fc2(F.gelu(self.fc1(x)))
+            return (x * there[..., None]).sum(1) if not self.write else x
+
+    there = torch.ones(2, N)
+    there[1, 8:] = 0
+    for write in (False, True):
+        assert "a mask takes some positions out" in cautions(Pooled(write), (SEQUENCE, there))["fc1"]
+        assert cautions(Pooled(write), (SEQUENCE, torch.ones(2, N))) == {}
+
+
 @pytest.mark.parametrize(("pad", "told"), [((1, 1, 2, 0), True), ((1, 1, 1, 1), False), ((0, 2, 1, 1), True)])
 def test_convolutions_that_are_causal_by_their_padding(pad: tuple[int, ...], told: bool) -> None:
     model = nn.Sequential(nn.ZeroPad2d(pad), nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 1), nn.ReLU())

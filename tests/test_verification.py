@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -364,3 +365,40 @@ def test_a_verdict_is_made_of_its_parts() -> None:
     assert not Verification(1e-7, 1e-5, 1, (good, LayerVerification("b", 1e-4, 1e-5, 1, 0.5, True))).ok
     assert not Verification(1e-4, 1e-5, 1, (good,)).ok
     assert not Verification(float("inf"), 1e-5, 0, (good,)).ok, "the model returned nothing that can be compared"
+
+
+@dataclass
+class Answer:
+    logits: Any
+    losses: Any = None
+
+
+@pytest.mark.parametrize(
+    ("answer", "outputs"),
+    [
+        (lambda y: {"logits": y, "cache": None}, 1),
+        (lambda y: Answer([y, None], Answer(y)), 2),
+        (lambda y: torch.complex(y, y), 1),
+        (lambda y: torch.cat([y, torch.full_like(y, -torch.inf)], 1), 1),
+        (lambda y: torch.where(y > 0, y, torch.nan), 1),
+    ],
+    ids=["dict", "dataclass", "complex", "hidden", "undefined"],
+)
+def test_outputs_of_every_form(answer: Callable[[Tensor], Any], outputs: int) -> None:
+    class Answers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU())
+
+        def forward(self, x: Tensor) -> Any:
+            return answer(self.net(x).mean((2, 3)) - 0.1)
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 12, 12)
+    before, after = converted(Answers(), x, EVERY)
+    found = fdsurgery.verify(before, after, x)
+    assert found.ok and found.outputs == outputs, found
+    before.net[0].bias.data += 0.1
+    after.net[0].bias = before.net[0].bias
+    before.net[2].bias.data += 0.01
+    assert fdsurgery.verify(before, after, x).relative_error > 1e-3, "a bias of the model before, and not of the other"

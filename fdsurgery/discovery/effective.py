@@ -6,7 +6,9 @@ in one call of `F.conv2d` or `F.linear`. That call is watched, so no class has t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+import sys
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +107,7 @@ def _watched(layer: Any, device: torch.device) -> Effective | str:
     x, y = _probes(layer)
     in_training = not _is_of_torch(layer)
     try:
-        calls = [_watch(layer, x), _watch(layer, y, training=in_training)]
+        calls = [_watch(layer, x), _watch(layer, y, training=in_training, differentiable=in_training)]
         if in_training and not _alike(*calls) and _alike(calls[0], _watch(layer, y)):
             return f"{unlike}does something else in training than in evaluation"
     except Exception as error:
@@ -113,7 +115,7 @@ def _watched(layer: Any, device: torch.device) -> Effective | str:
     first, second = calls
     if first is None or second is None:
         return f"{unlike}does more than one convolution or product"
-    if any(not torch.equal(now, then) for now, then in zip(_random_states(), state, strict=True)):
+    if _random_states() != state or first["draws"] or second["draws"]:
         return f"{unlike}draws random numbers"
     if stored := sorted(key for key, value in _members(layer).items() if before.get(key) != value):
         if stored[0] in layer._parameters:
@@ -122,9 +124,15 @@ def _watched(layer: Any, device: torch.device) -> Effective | str:
     weight, bias = first["weight"], first["bias"]
     if weight.shape != _shape(layer) or not _alike(first, second):
         return f"{unlike}computes its weight from the input"
+    if first["reads"] or second["reads"]:
+        if first["input"] is x and second["input"] is y:
+            return f"{unlike}uses its input or its output for something else too"
+        return f"{unlike}changes the input first"
+    if _stays_float(layer, x):
+        return f"{unlike}computes in float32 where autocast is on"
     plain = _plain(layer, weight, bias, device)
     verbatim = weight is layer._parameters.get("weight") and bias is layer._parameters.get("bias")
-    if reason := _of_what_it_computes_from(layer, x):
+    if reason := _of_what_it_computes_from(layer, x, modes=(False, True) if in_training else ()):
         return unlike + reason
     if isinstance(layer, nn.Linear):
         return Effective(plain, verbatim=verbatim) if first["input"] is x else f"{unlike}changes the input first"
@@ -155,7 +163,7 @@ def _same(a: Tensor | None, b: Tensor) -> bool:
 def _members(layer: nn.Module) -> dict[str, Any]:
     """What shows whether a forward has left something on its layer: who the attributes are, and how long."""
     held = {
-        key: (id(value), len(value) if isinstance(value, (list, dict, set)) else 0)
+        key: (id(value), value._version if isinstance(value, Tensor) else len(value) if isinstance(value, Sized) else 0)
         for key, value in vars(layer).items()
         if key != "training"
     }
@@ -181,13 +189,24 @@ def _alike(first: dict[str, Any] | None, second: dict[str, Any] | None) -> bool:
     return all(
         _same(second[key], given) if isinstance(given, Tensor) else second[key] == given
         for key, given in first.items()
-        if key != "input"
+        if key in _ARGUMENTS[F.conv2d] and key != "input"
     )
 
 
-def _random_states() -> list[Tensor]:
+def _random_states() -> list[Any]:
+    """Of every generator that a forward may draw from without being given one."""
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return [torch.get_rng_state(), *on_gpus]
+    tensors = [state.tolist() for state in (torch.get_rng_state(), *on_gpus)]
+    numpy = sys.modules.get("numpy")
+    return [*tensors, random.getstate(), repr(numpy.random.get_state(legacy=False)) if numpy else None]
+
+
+def _stays_float(layer: nn.Module, x: Tensor) -> bool:
+    """True if the layer gives float32 under autocast, where a plain one gives fewer digits."""
+    if x.dtype != torch.float32 or x.is_meta:
+        return False
+    call = _watch(layer, x, autocast=True)
+    return call is not None and bool(call["weight"].dtype == torch.float32) and call["gives"] == torch.float32
 
 
 def _shape(layer: nn.Conv2d | nn.Linear) -> tuple[int, ...]:
@@ -196,8 +215,8 @@ def _shape(layer: nn.Conv2d | nn.Linear) -> tuple[int, ...]:
     return (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
 
 
-def _of_what_it_computes_from(layer: Any, x: Tensor) -> str | None:
-    """Why the weight that a class computes cannot be taken for one that learns freely."""
+def _of_what_it_computes_from(layer: Any, x: Tensor, modes: Iterable[bool]) -> str | None:
+    """Why the weight that a class computes, in these modes, cannot be taken for one that learns freely."""
     parameters = dict(layer.named_parameters())
     own = {name: parameter for name, parameter in parameters.items() if name not in ("weight", "bias")}
     learning = {parameter.requires_grad for name, parameter in parameters.items() if name != "bias"}
@@ -205,15 +224,18 @@ def _of_what_it_computes_from(layer: Any, x: Tensor) -> str | None:
         return "computes its weight from parameters of which some are frozen"
     if x.is_meta:
         return None
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if name != "bias":
-                parameter.uniform_(0.5, 1.5)  # so that what is zero now is zero by the class and not by chance
-            parameter.requires_grad_()
-        before = {name: parameter.clone() for name, parameter in parameters.items()}
-    call = _watch(layer, x, differentiable=bool(own))
-    assert call is not None
-    if bool((call["weight"] == 0).any()):
+    zeros = []
+    for _ in range(2):  # what is zero each time is so by the class, and not by chance or for want of digits
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                if name != "bias":
+                    parameter.uniform_(0.5, 1.5)
+                parameter.requires_grad_()
+            before = {name: parameter.clone() for name, parameter in parameters.items()}
+        call = _watch(layer, x, differentiable=bool(own))
+        assert call is not None
+        zeros.append(call["weight"] == 0)
+    if bool((zeros[0] & zeros[1]).any()):
         return HOLDS_ZEROS
     made = [call[key] for key in ("weight", "bias") if call[key] is not None and call[key].requires_grad]
     if any(not torch.equal(parameter, before[name]) for name, parameter in parameters.items()):
@@ -222,7 +244,53 @@ def _of_what_it_computes_from(layer: Any, x: Tensor) -> str | None:
     for name, gradient in zip(own, reached, strict=True):
         if gradient is None:
             return f"has a parameter {name!r} that is no part of its weight and would be lost"
+    return _of_how_it_learns(layer, x, modes)
+
+
+def _of_how_it_learns(layer: Any, x: Tensor, modes: Iterable[bool]) -> str | None:
+    """What shows when the parameters move: rounding, gradients that are scaled or stopped, weights of one sign."""
+    source = torch.Generator().manual_seed(0)
+
+    def drawn(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=source, dtype=torch.float32, device="cpu").to(like.device)
+
+    def weight_at(step: float, training: bool) -> Tensor:
+        with torch.no_grad():
+            for parameter, start, direction in zip(learned, starts, directions, strict=True):
+                parameter.copy_(start + step * direction)
+        call = _watch(layer, x, training, differentiable=True)
+        assert call is not None
+        weight: Tensor = call["weight"]
+        return weight
+
+    learned = list(layer.parameters())
+    starts, directions = ([drawn(parameter) for parameter in learned] for _ in range(2))
+    in_evaluation = None
+    for training in modes:
+        weight = weight_at(0, training)
+        if in_evaluation is None:
+            in_evaluation = weight.detach().clone()
+        if not torch.equal(weight, in_evaluation):
+            return "computes another weight in training than in evaluation"
+        if bool((weight >= 0).all()):
+            return "keeps its weight from being negative"
+        if weight.dtype not in (torch.float32, torch.float64):
+            continue  # too few digits for differences
+        output_side = drawn(weight).to(weight.dtype)
+        gradients: Any = [None] * len(learned)
+        if weight.requires_grad:
+            gradients = torch.autograd.grad(weight, learned, output_side, allow_unused=True)
+        told = [gradient * way for gradient, way in zip(gradients, directions, strict=True) if gradient is not None]
+        ahead, behind = (weight_at(step, training).detach().clone() for step in (_STEP, -_STEP))
+        moved = output_side * (ahead - behind) / (2 * _STEP)
+        size = sum(float(terms.norm()) ** 2 for terms in (moved, *told)) ** 0.5
+        if abs(float(moved.sum()) - sum(float(terms.sum()) for terms in told)) > 0.05 * size:
+            return "passes on other gradients than those of its weight, as where weights are rounded"
     return None
+
+
+_STEP = 1e-3
+"""Small against the weights of the probe, which are from N(0, 1), and large against their rounding."""
 
 
 def _is_own(layer: nn.Module) -> bool:
@@ -260,15 +328,25 @@ def _plain(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor | None, de
 
 
 class _Calls(TorchFunctionMode):
-    def __init__(self) -> None:
+    """What a layer computes with, and whether it does more with its input or output than a plain one."""
+
+    def __init__(self, x: Tensor) -> None:
         super().__init__()
-        self.seen: list[tuple[dict[str, Any], Any]] = []
+        self.x = x
+        self.seen: list[tuple[dict[str, Any], Tensor]] = []
+        self.draws = False
+        self.reads = False
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.draws |= isinstance((kwargs or {}).get("generator"), torch.Generator)
         if func in _ARGUMENTS:
             given = {**_DEFAULTS, **dict(zip(_ARGUMENTS[func], args, strict=False)), **(kwargs or {})}
             self.seen.append((given, result))
+        elif isinstance(result, Tensor) and func is not F.pad:
+            used = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, Tensor)]
+            self.reads |= any(value is self.x and result is not value for value in used)
+            self.reads |= any(value is output for value in used for _, output in self.seen)
         return result
 
 
@@ -279,25 +357,43 @@ _ARGUMENTS: dict[Any, tuple[str, ...]] = {
 _DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
 
-def _watch(layer: nn.Module, x: Tensor, training: bool = False, differentiable: bool = False) -> dict[str, Any] | None:
-    """The arguments of the only convolution or product; None if what is returned is not its result."""
+def _watch(
+    layer: nn.Module, x: Tensor, training: bool = False, differentiable: bool = False, autocast: bool = False
+) -> dict[str, Any] | None:
+    """The arguments of the only convolution or product; None if what is returned is not its result.
+
+    Besides: whether the layer `draws` from a generator of its own and `reads` its input or output, and the dtype that
+    it `gives`.
+    """
     for module in layer.modules():
         module.__dict__["training"] = training  # not `train()`, which a class may have filled with more
-    with _Calls() as calls, without_autocast(x.device), torch.set_grad_enabled(differentiable):
-        result = type(layer).forward(layer, x)
-    return calls.seen[0][0] if len(calls.seen) == 1 and calls.seen[0][1] is result else None
+    precision = torch.autocast(x.device.type, torch.bfloat16) if autocast else without_autocast(x.device)
+    with torch.inference_mode(False), torch.set_grad_enabled(differentiable), precision:
+        given = x.clone().requires_grad_().view_as(x) if differentiable else x
+        version = given._version
+        with _Calls(given) as calls:
+            result = type(layer).forward(layer, given)
+    if len(calls.seen) != 1 or calls.seen[0][1] is not result:
+        return None
+    call = calls.seen[0][0]
+    hooked = [tensor for tensor in (result, call["weight"]) if tensor._backward_hooks]
+    call["reads"] = calls.reads or bool(hooked) or given._version != version
+    call["gives"], call["draws"] = result.dtype, calls.draws
+    if call["input"] is given:
+        call["input"] = x
+    return call
 
 
 def _probes(layer: nn.Conv2d | nn.Linear) -> list[Tensor]:
     """Two inputs of sizes at which every way of padding shows."""
     made: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
     if isinstance(layer, nn.Linear):
-        shapes: list[tuple[int, ...]] = [(2, 3, layer.in_features)] * 2
+        shapes: list[tuple[int, ...]] = [(1, 4, layer.in_features), (2, 3, layer.in_features)]
     else:
         reach = [
             (kernel - 1) * dilation + 1 for kernel, dilation in zip(layer.kernel_size, layer.dilation, strict=True)
         ]
-        shapes = [(1, layer.in_channels, reach[0] + extra, reach[1] + extra + 1) for extra in (2, 3)]
+        shapes = [(batch, layer.in_channels, reach[0] + 1 + batch, reach[1] + 2 + batch) for batch in (1, 2)]
     source = torch.Generator().manual_seed(0)
     if layer.weight.is_meta:
         return [torch.empty(shape, **made) for shape in shapes]

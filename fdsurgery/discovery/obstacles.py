@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from types import FunctionType, MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +35,9 @@ def find_obstacles(model: nn.Module, flow: Flow) -> tuple[dict[str, str], set[st
         model: the model whose forward `flow` shows; its layers have the names used there.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(f"{name}.{key}" if name else key)
+    owners = _owners(model)
     readers = _readers(flow)
+    functions = _functions_that_hold(model)
     found: dict[str, str] = {}
     padded: set[str] = set()
     for name, layer in flow.layers.items():
@@ -44,6 +46,7 @@ def find_obstacles(model: nn.Module, flow: Flow) -> tuple[dict[str, str], set[st
             or _of_its_weights(name, layer, owners)
             or _read_past(readers.get(name), modules)
             or _of_its_calls(flow.calls.get(name, ()), layer)
+            or functions.get(id(layer))
             or _of_its_input(flow, name)
             or _of_its_members(layer)
             or _of_its_values(layer)
@@ -108,6 +111,39 @@ def _of_the_layer(name: str, layer: nn.Module) -> str | None:
     return None
 
 
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """Where each parameter is held, by its `_place`: by modules, and by lists and the like that they keep."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(_place(parameter), []).append(prefix + key)
+        for key, value in vars(module).items():
+            if key not in ("_parameters", "_buffers", "_modules"):
+                for parameter in _held(value, nn.Parameter):
+                    owners.setdefault(_place(parameter), []).append(prefix + key)
+    return owners
+
+
+def _place(parameter: Tensor) -> int:
+    """The same for parameters that are one object, or that share their memory."""
+    try:
+        memory = parameter.data_ptr()
+    except (RuntimeError, NotImplementedError):  # a tensor without memory of its own
+        memory = 0
+    return memory or -id(parameter)
+
+
+def _held(value: Any, kind: type | tuple[type, ...], depth: int = 4) -> Iterator[Any]:
+    """What of a kind is in a value, or in the containers that it consists of."""
+    if isinstance(value, kind):
+        yield value
+    elif isinstance(value, (list, tuple, set, frozenset, deque, Mapping)) and depth:
+        for entry in value.values() if isinstance(value, Mapping) else value:
+            yield from _held(entry, kind, depth - 1)
+
+
 def _of_its_weights(name: str, layer: nn.Module, owners: Mapping[int, list[str]]) -> str | None:
     weight = layer._parameters.get("weight")
     if parametrize.is_parametrized(layer, "weight"):
@@ -117,17 +153,18 @@ def _of_its_weights(name: str, layer: nn.Module, owners: Mapping[int, list[str]]
         return "its weight is no parameter but computed before each call, as by weight norm, spectral norm or pruning"
     if not weight.is_floating_point():
         return f"its weight is not floating point but {weight.dtype}; dequantise the model first"
-    if type(weight.data) is not Tensor:
-        return f"its weight is a {type(weight.data).__name__}, not a plain tensor"
+    if type(weight.data) is not Tensor or type(weight) is not nn.Parameter:
+        kind = type(weight) if type(weight.data) is Tensor else type(weight.data)
+        return f"its weight is a {kind.__name__}, not a plain {'parameter' if kind is type(weight) else 'tensor'}"
     for parameter in layer.parameters():
-        others = [other for other in owners.get(id(parameter), ()) if not other.startswith(name + ".")]
+        others = [other for other in owners.get(_place(parameter), ()) if not other.startswith(name + ".")]
         if others:
             return f"it shares a parameter with {others[0]!r}; the two would drift apart"
-    if any(len(owners.get(id(parameter), ())) > 1 for parameter in layer.parameters()):
+    if any(len(owners.get(_place(parameter), ())) > 1 for parameter in layer.parameters()):
         return "it holds a parameter under two names; the two would drift apart"
     if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
         return "its weight has hooks, which would wait for gradients that no longer come"
-    tensors = [key for key, value in vars(weight).items() if isinstance(value, Tensor) and value.dim()]
+    tensors = [key for key, value in vars(weight).items() if any(held.dim() for held in _held(value, Tensor))]
     if tensors:
         return f"its weight carries a tensor {tensors[0]!r} of others, which would not fit its spectrum"
     return None
@@ -159,6 +196,39 @@ def _of_its_members(layer: nn.Module) -> str | None:
     return None
 
 
+def _functions_that_hold(model: nn.Module) -> dict[int, str]:
+    """For layers, by id, that functions kept by the model hold for themselves, where a swap does not reach, the reason.
+
+    Closures, partial functions and bound methods; not the forward that stands on a module.
+    """
+    found: dict[int, str] = {}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key in ("forward", "_old_forward", "_parameters", "_buffers", "_modules"):
+                continue
+            for function in _held(value, _FUNCTIONS):
+                for layer in _held(_closed_over(function), nn.Module):
+                    if layer is not module or isinstance(function, FunctionType):
+                        where = f"{name}.{key}" if name else key
+                        found.setdefault(id(layer), f"a function that the model keeps ({where!r}) holds it for itself")
+    return found
+
+
+_FUNCTIONS = (FunctionType, MethodType, functools.partial)
+
+
+def _closed_over(function: Any) -> list[Any]:
+    if isinstance(function, functools.partial):
+        return [function.func, *function.args, *function.keywords.values()]
+    if isinstance(function, MethodType):
+        return [function.__self__]
+    held = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            held.append(cell.cell_contents)
+    return held
+
+
 def _of_its_values(layer: nn.Module) -> str | None:
     weight = layer._parameters.get("weight")
     return None if weight is None else obstacle_in_values(weight)
@@ -178,8 +248,10 @@ def _of_its_calls(calls: Sequence[Node], layer: nn.Module) -> str | None:
 def _readers(flow: Flow) -> dict[str, str]:
     """Layers whose parameters are read other than by calling them, with the module whose forward does so."""
     readers: dict[str, str] = {}
+    holders = {id(parameter): name for name, layer in flow.layers.items() for parameter in layer.parameters()}
     for node in flow.nodes:
         owner = str(node.target).rpartition(".")[0] if node.op == "get_attr" else ""
+        owner = holders.get(id(node.meta.get("value")), owner)  # by code that holds the layer, or its weight, itself
         users = [user for user in node.users if _reads_values(flow, user, node)] if owner in flow.layers else []
         if users:
             readers.setdefault(owner, users[0].meta.get("fqn", ""))

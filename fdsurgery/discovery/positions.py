@@ -47,8 +47,9 @@ def positions_apart(model: nn.Module, flow: Flow, inputs: Inputs, masked: dict[s
         inputs: what the forward was called with; masks among them count with their values.
         masked: convolutions that hold some of their weight at zero, with what is to be said of them.
     """
-    found = _in_masked_convolutions(flow, masked)
-    attentions = list(_attentions(flow, _Values(model, flow, inputs)))
+    values = _Values(model, flow, inputs)
+    found = _beside(flow, {**_masked_features(flow, values), **_masked_convolutions(flow, masked)})
+    attentions = list(_attentions(flow, values))
     apart: dict[tuple[str, int], str] = {}
     for key in {(attention.stack, attention.length) for attention in attentions}:
         group = [attention for attention in attentions if (attention.stack, attention.length) == key]
@@ -85,7 +86,7 @@ def _positions(flow: Flow, call: Node) -> int:
 
 def _kept_apart(group: list[_Attention]) -> str | None:
     """Why the positions of a stack do not all meet, over all of its layers; None if they do."""
-    allowed = torch.zeros(1, group[0].length, group[0].length, dtype=torch.bool, device="cpu")
+    allowed = torch.zeros(1, group[0].length, group[0].length, dtype=torch.bool)
     for attention in group:
         if allowed.shape[0] != attention.allowed.shape[0] and 1 not in (allowed.shape[0], attention.allowed.shape[0]):
             return None
@@ -125,8 +126,8 @@ def _upstream(flow: Flow, node: Node) -> set[Node]:
     return set(flow.backward(node, lambda _: True))
 
 
-def _in_masked_convolutions(flow: Flow, masked: dict[str, str]) -> dict[str, str]:
-    """Layers before and behind a masked or causal convolution, over more than one position."""
+def _masked_convolutions(flow: Flow, masked: dict[str, str]) -> dict[Node, str]:
+    """Calls of masked or causal convolutions, with what is to be said of them."""
     sources: dict[Node, str] = {}
     for name, calls in flow.calls.items():
         for call in calls:
@@ -134,14 +135,58 @@ def _in_masked_convolutions(flow: Flow, masked: dict[str, str]) -> dict[str, str
                 sources[call] = masked[name]
             elif _is_causal_convolution(flow, call):
                 sources[call] = f"{name!r} is padded on one side only, as causal convolutions are"
+    return sources
+
+
+def _masked_features(flow: Flow, values: _Values) -> dict[Node, str]:
+    """Where a mask takes all channels of some positions out: by a factor of zero, by filling or by writing."""
+    sources: dict[Node, str] = {}
+    scores = {node for softmax in flow.nodes if flow.op[softmax] == "softmax" for node in _scores(flow, softmax)}
+    for node in flow.nodes:
+        op, given = flow.op[node], node.all_input_nodes
+        if op not in ("mul", "masked_fill", "where", "setitem") or node in scores or values.learned.isdisjoint(given):
+            continue
+        index = node.args[1] if op == "setitem" and len(node.args) > 1 else None
+        masks = [index] if op == "setitem" else [other for other in given if other not in values.learned]
+        if any(_takes_positions_out(values(mask), shape_of(node) or (), op) for mask in masks):
+            where = str(node.meta.get("fqn", "")) or "the model"
+            sources[node] = f"a mask takes some positions out (in {where!r}), such as padding"
+    return sources
+
+
+def _scores(flow: Flow, softmax: Node) -> Iterator[Node]:
+    """What an attention computes of pairs of positions, before its softmax and right behind it."""
+    pair = (shape_of(softmax) or ())[-2:]
+    yield from (user for user in softmax.users if (shape_of(user) or ())[-2:] == pair)
+    yield from flow.backward(softmax, lambda node: (shape_of(node) or ())[-2:] == pair, 100)
+
+
+def _takes_positions_out(mask: Tensor | None, shape: tuple[int, ...], op: str) -> bool:
+    """True if a mask of features `(N, L, C)`, `(N, H, W, C)` or `(N, C, H, W)` differs between positions only."""
+    if mask is None or len(shape) < 3 or not (mask.dtype == torch.bool or op == "mul"):
+        return False
+    out = mask if mask.dtype == torch.bool and op != "mul" else mask == 0
+    if op == "setitem" and mask.dim() < len(shape):  # the axes that are left are those of the channels
+        return len(shape) == mask.dim() + 1 and bool(out.any()) and not bool(out.all())
+    out = out.expand(shape)
+    some = out.flatten(1).any(1) & ~out.flatten(1).all(1)
+    axes = (1, -1) if len(shape) == 4 else (-1,)
+    return bool(some.any()) and any(torch.equal(out, out.narrow(axis, 0, 1).expand(shape)) for axis in axes)
+
+
+def _beside(flow: Flow, sources: dict[Node, str]) -> dict[str, str]:
+    """Layers before and behind what hides positions, over more than one position."""
+    reason = "its weight would be made from the mean over all positions, those not to be seen among them"
     found: dict[str, str] = {}
     for source, what in sources.items():
         before = _upstream(flow, source)
+        behind = {source}
+        for node in flow.nodes[flow.index[source] :]:
+            if not behind.isdisjoint(node.all_input_nodes):
+                behind.add(node)
         for name, calls in flow.calls.items():
-            touches = any(call in before or source in _upstream(flow, call) for call in calls)
-            if touches and _positions(flow, calls[0]) > 1:
-                reason = "its weight would be made from the mean over all positions, those not to be seen among them"
-                found.setdefault(name, f"{what}: {reason}")
+            if name not in found and _positions(flow, calls[0]) > 1 and not (before | behind).isdisjoint(calls):
+                found[name] = f"{what}: {reason}"
     return found
 
 
@@ -200,7 +245,7 @@ def _attentions(flow: Flow, values: _Values) -> Iterator[_Attention]:
         length = lengths[0]
         if lengths[0] != lengths[1] or length < 2 or length**2 > _MOST_PAIRS:
             continue
-        allowed = torch.ones(1, length, length, dtype=torch.bool, device="cpu")
+        allowed = torch.ones(1, length, length, dtype=torch.bool)
         for entries in hidden:
             if entries is not None and entries.dim() >= 2 and entries.shape[-1] == length:
                 allowed = allowed & ~_by_sample(entries, length)
@@ -209,8 +254,8 @@ def _attentions(flow: Flow, values: _Values) -> Iterator[_Attention]:
 
 def _evaluated(mask_mod: Callable[..., Any], lengths: list[int]) -> Tensor | None:
     """A mask that FlexAttention computes from indices, for the first sample and head."""
-    queries, keys = (torch.arange(length, dtype=torch.int64, device="cpu") for length in lengths)
-    zero = torch.zeros((), dtype=torch.int64, device="cpu")
+    queries, keys = (torch.arange(length) for length in lengths)
+    zero = torch.zeros((), dtype=torch.long)
     try:
         allowed = mask_mod(zero, zero, queries[:, None], keys[None])
     except Exception:  # code of other people, called in a way of our own
@@ -279,10 +324,12 @@ def _fills(value: Any, values: _Values) -> bool:
     return isinstance(value, (int, float)) and value <= _HIDDEN
 
 
-def takes_shape(flow: Flow, node: Node) -> bool:
-    """True where a new tensor takes shape, dtype and device of another one, and none of its values."""
-    op = flow.op[node]
-    return (op.endswith("_like") or op.startswith("new_")) and len(node.all_input_nodes) == 1
+def _read_by(flow: Flow, node: Node) -> list[Node]:
+    """What a node takes values from, and not only shape, dtype and device."""
+    op, sources = flow.op[node], node.all_input_nodes
+    if (op.endswith("_like") or op.startswith("new_")) and len(sources) == 1:
+        return []
+    return sources[:1] if op in ("expand_as", "view_as", "reshape_as", "type_as") else sources
 
 
 class _Values:
@@ -295,9 +342,7 @@ class _Values:
         self.learned: set[Node] = set()
         """Nodes whose values depend on learned layers; those that only take their shape do not."""
         for node in flow.nodes:
-            if flow.is_learned(node) or (
-                not takes_shape(flow, node) and any(source in self.learned for source in node.all_input_nodes)
-            ):
+            if flow.is_learned(node) or any(source in self.learned for source in _read_by(flow, node)):
                 self.learned.add(node)
 
     @torch.no_grad()
@@ -312,10 +357,12 @@ class _Values:
         return value if isinstance(value, Tensor) and not value.is_meta else None
 
     def _of(self, wanted: Node) -> Any:
-        walk = self.flow.backward(wanted, lambda node: not takes_shape(self.flow, node), _MOST_STEPS)
-        steps = sorted(walk, key=self.flow.index.__getitem__)
-        if len(steps) > _MOST_STEPS:
-            return None
+        steps = [wanted]
+        for node in steps:
+            steps += [source for source in _read_by(self.flow, node) if source not in steps]
+            if len(steps) > _MOST_STEPS:
+                return None
+        steps.sort(key=self.flow.index.__getitem__)
         for node in steps:
             if node not in self.known:
                 self.known[node] = self._run(node)
@@ -329,9 +376,11 @@ class _Values:
         if node.op == "get_attr":
             owner, _, key = str(node.target).rpartition(".")
             return getattr(self.model.get_submodule(owner), key).detach().cpu()
-        if takes_shape(self.flow, node):
-            like: Any = node.all_input_nodes[0]
-            self.known.setdefault(like, torch.empty(shape_of(like) or (), dtype=like.meta.get("dtype"), device="cpu"))
+        read = _read_by(self.flow, node)
+        for like in node.all_input_nodes:
+            if like not in read and like not in self.known:
+                dtype: Any = like.meta.get("dtype")
+                self.known[like] = torch.empty(1, dtype=dtype, device="cpu").expand(shape_of(like) or ())
         args, kwargs = self._filled(node.args), self._filled(node.kwargs)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
 
 from ..discovery.effective import is_plain
 from .fused_paths import choose_paths
 
 Edit = tuple[Any, Any, Any]
-"""A container (dict or list), a key of it, and the value the key had before."""
+"""A container (dict, list or deque), a key of it, and the value the key had before."""
 
 # nn.Module keeps its hooks in these dicts. The new layer shares the very objects, so that handles go on working:
 # `handle.remove()` finds its hook through the dict.
@@ -75,8 +77,9 @@ def carry_over(old: nn.Module, new: nn.Module, edits: list[Edit], made: Collecti
     """
     for name in _HOOKS:
         if name in vars(old):
-            vars(new)[name] = vars(old)[name]
-            _bind_hooks(vars(new)[name] or {}, old, new, edits)
+            held = vars(new)[name] = vars(old)[name]
+            if isinstance(held, dict):
+                _bind_hooks(held, old, new, edits)
     accelerate_hook = getattr(old, "_hf_hook", None)
     ours = {*vars(new), "forward", "_old_forward", "_hf_hook"}
     for name, value in vars(old).items():
@@ -128,12 +131,12 @@ def _carry_bias(old: nn.Module, new: nn.Module) -> None:
 
 
 def _replace_in(
-    container: dict[Any, Any] | list[Any],
+    container: dict[Any, Any] | list[Any] | deque[Any],
     replacements: Mapping[nn.Module, nn.Module],
     edits: list[Edit],
     seen: set[int],
 ) -> None:
-    """Swap inside a dict or list, and inside the lists, tuples and dicts it holds."""
+    """Swap inside a dict or list, and inside the containers and plain objects that it holds."""
     if id(container) in seen:
         return
     seen.add(id(container))
@@ -153,6 +156,16 @@ def _renewed(value: Any, replacements: Mapping[nn.Module, nn.Module], edits: lis
         if all(new is old for new, old in zip(entries, value, strict=True)):
             return value
         return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
-    if isinstance(value, (dict, list)):
+    if isinstance(value, set):
+        members = {_renewed(entry, replacements, edits, seen) for entry in value}
+        return value if members == value else members
+    if isinstance(value, (dict, list, deque)):
         _replace_in(value, replacements, edits, seen)
+    elif _is_plain_object(value):
+        _replace_in(vars(value), replacements, edits, seen)
     return value
+
+
+def _is_plain_object(value: Any) -> bool:
+    """True for what a model may keep its layers in: a namespace, a dataclass, an object of a class of its own."""
+    return hasattr(value, "__dict__") and not isinstance(value, (type, ModuleType, FunctionType, Tensor))
