@@ -13,12 +13,18 @@ import typer.core
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.text import Text
 
 from .errors import SurgeryError, near_misses
 from .report import kind_of, shape_of
 
 if TYPE_CHECKING:
     from .sources import Source
+
+
+def _console(**options: Any) -> Console:
+    """One that prints text as it is: `[name]` is no markup, and `:name:` no picture."""
+    return Console(markup=False, emoji=False, **options)
 
 
 class OneMessageGroup(typer.core.TyperGroup):
@@ -28,7 +34,7 @@ class OneMessageGroup(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except SurgeryError as error:
-            Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            _console(stderr=True).print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
             raise typer.Exit(2) from None
 
 
@@ -44,7 +50,7 @@ app.add_typer(recipes_app, name="recipes")
 checkpoint_app = typer.Typer(help="Convert checkpoints on disk.", no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
 
-out = Console()
+out = _console()
 
 Spec = Annotated[
     str,
@@ -179,7 +185,7 @@ def convert_checkpoint(
     if dry_run:
         return
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True, quiet=as_json)) as progress:
+    with Progress(*columns, console=_console(stderr=True, quiet=as_json)) as progress:
         task = progress.add_task("converting", total=made.nbytes)
         carry_out(made, lambda count: progress.advance(task, count))
     if not as_json:
@@ -360,8 +366,8 @@ def _recipe(text: str) -> str | Path:
 
 
 def _say(text: str) -> None:
-    """Print a sentence as it is: no markup, and no line breaks but its own."""
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
+    """Print a sentence without line breaks but its own."""
+    out.print(text, highlight=False, soft_wrap=True)
 
 
 def _load_line(folder: Path, source: Source) -> str:
@@ -374,7 +380,7 @@ def _load_line(folder: Path, source: Source) -> str:
 
 def _working(what: str, *, quiet: bool) -> Any:
     """A spinner on stderr, so that stdout holds the result alone."""
-    return Console(stderr=True, quiet=quiet).status(f"{what} ...")
+    return _console(stderr=True, quiet=quiet).status(Text(f"{what} ..."))
 
 
 if __name__ == "__main__":

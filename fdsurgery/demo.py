@@ -77,7 +77,7 @@ def run(output: Path, *, epochs: int, seed: int, console: Console) -> dict[str, 
     torch.manual_seed(seed)
     model = timm.create_model(ARCHITECTURE, in_chans=1, num_classes=10)
     console.print(
-        f"timm [bold]{ARCHITECTURE}[/], {_parameters(model):,} parameters, on scikit-learn's digits: "
+        f"timm {ARCHITECTURE}, {_parameters(model):,} parameters, on scikit-learn's digits: "
         f"{len(digits.train_labels)} to train, {len(digits.test_labels)} to test"
     )
     train([Run(model)], digits, PRETRAINING_EPOCHS, seed, console, "training")

@@ -76,7 +76,7 @@ def in_units(count: int) -> str:
 
 def render(plan: Plan, width: int = 160) -> str:
     """A plan as plain text."""
-    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console = Console(file=io.StringIO(), width=width, color_system=None, markup=False, emoji=False)
     console.print(plan)
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())

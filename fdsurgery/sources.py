@@ -255,7 +255,11 @@ def _transformers_class(name: str, pretrained: bool) -> tuple[nn.Module, Source]
         raise SourceError(f"{spec} has no trained weights; name a repository or folder as hf:..., or --no-pretrained")
     model_class: Any = getattr(transformers, name, None)
     if not hasattr(model_class, "config_class"):
-        known = [entry for entry in dir(transformers) if entry.endswith(("Model", "Classification", "Segmentation"))]
+        known = {
+            entry
+            for entry in dir(transformers)
+            if entry.endswith(("Model", "Classification", "Segmentation")) and not entry.startswith("Auto")
+        }
         raise SourceError(f"transformers has no model class {name!r}{near_misses(name, known)}")
     model = _loading(spec, True, lambda: model_class(model_class.config_class()))
     return model, infer(model)
@@ -271,7 +275,7 @@ def _file(spec: str) -> tuple[nn.Module, Source]:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # scripts may exit
         raise SourceError(f"{path}: {type(error).__name__}: {error}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -279,7 +283,7 @@ def _file(spec: str) -> tuple[nn.Module, Source]:
         raise SourceError(f"{path} has no function {function_name!r}{near_misses(function_name, functions)}")
     try:
         model = function()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise SourceError(f"{spec}: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise SourceError(f"{spec} returned a {type(model).__name__}, not a torch.nn.Module")

@@ -29,6 +29,9 @@ def build():
 def broken():
     raise KeyError("oops")
 
+def leaves():
+    raise SystemExit(0)
+
 nothing = 3
 """
 
@@ -142,6 +145,8 @@ def test_a_recipe_is_checked_by_what_plan_makes_of_it(tmp_path: Path, recipe: st
         (["plan", "hf:no/such-folder-here"], "hf:no/such-folder-here could not be loaded"),
         (["plan", "models.py:biuld"], "has no function 'biuld'; did you mean 'build'?"),
         (["plan", "models.py:broken"], "models.py:broken: KeyError: 'oops'"),
+        (["convert", "models.py:leaves", "-o", "x"], "models.py:leaves: SystemExit: 0"),
+        (["plan", "models.py:[/red]"], "models.py has no function '[/red]'"),
         (["plan", "models.py:nothing"], "has no function 'nothing'"),
         (["plan", "missing.py:build"], "missing.py: no such file"),
         (["plan", "models.py:build", "--recipe", "resnett"], "did you mean 'resnet'"),
@@ -166,6 +171,13 @@ def test_bad_input_is_answered_in_two_lines(model_file: Path, arguments: list[st
     assert len(result.stderr.strip().splitlines()) <= 2
     assert "Traceback" not in result.output
     assert sorted(path.name for path in Path().iterdir() if path.name != "__pycache__") == ["bad.yaml", "models.py"]
+
+
+def test_reasons_are_printed_as_they_are(model_file: Path) -> None:
+    Path("mine.yaml").write_text(
+        "swap: [{where: {kind: conv}}]\nkeep: [{name: '2', because: 'see [/red] :warning:'}]\n"
+    )
+    assert {"[/red]", ":warning:"} <= set(invoke("plan", "models.py:build", "-r", "mine.yaml").split())
 
 
 def test_the_command_as_a_process(tmp_path: Path) -> None:

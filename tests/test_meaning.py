@@ -192,6 +192,56 @@ def test_torchs_encoder() -> None:
     assert "masks some positions" in cautions(Encoder(), (SEQUENCE, padding))["encoder.layers.0.linear1"]
 
 
+WORDS = torch.ones(2, N, dtype=torch.long)
+SMALL = {"vocab_size": 99, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 64}
+
+
+def bart() -> nn.Module:
+    encoder = {"encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 64}
+    return transformers.BartModel(transformers.BartConfig(**SMALL, **encoder))
+
+
+def t5(attention: str) -> Callable[[], nn.Module]:
+    config = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 99}
+    return lambda: transformers.T5Model(transformers.T5Config(**config, attn_implementation=attention))
+
+
+class Translator(nn.Module):
+    """torch's own encoder and decoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(99, D)
+        self.whole = nn.Transformer(D, 2, 2, 2, 2 * D, batch_first=True)
+
+    def forward(self, input_ids: Tensor, decoder_input_ids: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(N, device=input_ids.device)
+        return self.whole(self.embed(input_ids), self.embed(decoder_input_ids), tgt_mask=mask)
+
+
+@pytest.mark.parametrize(
+    "build", [bart, t5("sdpa"), t5("eager"), Translator], ids=["bart", "t5", "t5, written out", "torch"]
+)
+def test_what_a_decoder_reads_from_an_encoder_is_no_way_from_later_to_earlier(build: Callable[[], nn.Module]) -> None:
+    found = cautions(build(), {"input_ids": WORDS, "decoder_input_ids": WORDS})  # of one length
+    layers = {name for name in found if "decoder" in name and "attention is causal" in found[name]}
+    assert len([name for name in layers if name.endswith(("fc1", "fc2", "wi", "wo", "linear1", "linear2"))]) == 4
+    assert not any("encoder." in name.replace("decoder.", "") for name in found)
+
+
+def test_masks_that_are_written_entry_by_entry() -> None:
+    config = transformers.Wav2Vec2Config(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, conv_dim=(16, 16),
+        conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    mask = torch.ones(2, 800, dtype=torch.long)
+    inputs = {"input_values": torch.randn(2, 800), "attention_mask": mask}
+    model = transformers.Wav2Vec2Model(config)
+    assert cautions(model, inputs) == {}
+    mask[1, 400:] = 0
+    assert "masks some positions" in cautions(model, inputs)["encoder.layers.0.feed_forward.output_dense"]
+
+
 def text_and_vision() -> dict[str, dict[str, Any]]:
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     return {

@@ -224,7 +224,8 @@ def _of_what_it_computes_from(layer: Any, x: Tensor, modes: Iterable[bool]) -> s
         return "computes its weight from parameters of which some are frozen"
     if x.is_meta:
         return None
-    zeros = []
+    call = None
+    always = torch.ones_like(layer.weight, dtype=torch.bool)
     for _ in range(2):  # what is zero each time is so by the class, and not by chance or for want of digits
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -234,8 +235,9 @@ def _of_what_it_computes_from(layer: Any, x: Tensor, modes: Iterable[bool]) -> s
             before = {name: parameter.clone() for name, parameter in parameters.items()}
         call = _watch(layer, x, differentiable=bool(own))
         assert call is not None
-        zeros.append(call["weight"] == 0)
-    if bool((zeros[0] & zeros[1]).any()):
+        always = always & (call["weight"] == 0)
+    assert call is not None
+    if bool(always.any()):
         return HOLDS_ZEROS
     made = [call[key] for key in ("weight", "bias") if call[key] is not None and call[key].requires_grad]
     if any(not torch.equal(parameter, before[name]) for name, parameter in parameters.items()):

@@ -9,6 +9,7 @@ their stack all positions meet.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,7 @@ def positions_apart(model: nn.Module, flow: Flow, inputs: Inputs, masked: dict[s
         masked: convolutions that hold some of their weight at zero, with what is to be said of them.
     """
     values = _Values(model, flow, inputs)
-    found = _beside(flow, {**_masked_features(flow, values), **_masked_convolutions(flow, masked)})
+    found = _beside(flow, _masked_convolutions(flow, masked))
     attentions = list(_attentions(flow, values))
     apart: dict[tuple[str, int], str] = {}
     for key in {(attention.stack, attention.length) for attention in attentions}:
@@ -56,8 +57,6 @@ def positions_apart(model: nn.Module, flow: Flow, inputs: Inputs, masked: dict[s
         reason = _kept_apart(group)
         if reason:
             apart[key] = reason
-    if not apart:
-        return found
     stacks = {(attention.stack, attention.length) for attention in attentions}
     for name, calls in flow.calls.items():
         length = _positions(flow, calls[0])
@@ -68,7 +67,7 @@ def positions_apart(model: nn.Module, flow: Flow, inputs: Inputs, masked: dict[s
         reason = next((apart[key] for key in keys if key in apart), None)
         if reason and name not in found and length > 1:
             found[name] = reason
-    return found
+    return _beside(flow, _masked_features(flow, values)) | found
 
 
 def _stack(name: str) -> str:
@@ -141,7 +140,12 @@ def _masked_convolutions(flow: Flow, masked: dict[str, str]) -> dict[Node, str]:
 def _masked_features(flow: Flow, values: _Values) -> dict[Node, str]:
     """Where a mask takes all channels of some positions out: by a factor of zero, by filling or by writing."""
     sources: dict[Node, str] = {}
-    scores = {node for softmax in flow.nodes if flow.op[softmax] == "softmax" for node in _scores(flow, softmax)}
+    scores = {
+        score
+        for node in flow.nodes
+        for made in ([node] if flow.op[node] == "softmax" else _masks_of(flow, node))
+        for score in _scores(flow, made)
+    }
     for node in flow.nodes:
         op, given = flow.op[node], node.all_input_nodes
         if op not in ("mul", "masked_fill", "where", "setitem") or node in scores or values.learned.isdisjoint(given):
@@ -154,8 +158,13 @@ def _masked_features(flow: Flow, values: _Values) -> dict[Node, str]:
     return sources
 
 
+def _masks_of(flow: Flow, node: Node) -> list[Node]:
+    mask = _arguments(node, "query key value attn_mask").get("attn_mask")
+    return [mask] if flow.op[node] == "scaled_dot_product_attention" and isinstance(mask, Node) else []
+
+
 def _scores(flow: Flow, softmax: Node) -> Iterator[Node]:
-    """What an attention computes of pairs of positions, before its softmax and right behind it."""
+    """What an attention computes of pairs of positions, before its softmax or mask and right behind it."""
     pair = (shape_of(softmax) or ())[-2:]
     yield from (user for user in softmax.users if (shape_of(user) or ())[-2:] == pair)
     yield from flow.backward(softmax, lambda node: (shape_of(node) or ())[-2:] == pair, 100)
@@ -218,8 +227,12 @@ def _attentions(flow: Flow, values: _Values) -> Iterator[_Attention]:
             case "scaled_dot_product_attention":
                 given = _arguments(node, "query key value attn_mask dropout_p is_causal")
                 lengths = [(shape_of(given[key]) or (0, 0))[-2] for key in ("query", "key")]
-                hidden = [_hidden_by(values(given.get("attn_mask")), true_hides=False)]
+                mask = given.get("attn_mask")
+                hidden = [_hidden_by(values(mask), true_hides=False)]
+                if mask in values.learned:
+                    hidden += _hidden_in(flow, mask, values)
                 causal = given.get("is_causal") is True
+                between = given["query"], given["key"], True
             case "multi_head_attention_forward":
                 given = _arguments(node, "query key")
                 lengths = [(shape_of(given[key]) or (0,))[0] for key in ("query", "key")]
@@ -227,23 +240,26 @@ def _attentions(flow: Flow, values: _Values) -> Iterator[_Attention]:
                 hidden = [_hidden_by(mask, true_hides=True)]
                 if padding is not None:
                     hidden.append(_hidden_by(padding[..., None, :], true_hides=True))
-                causal = False
+                causal, between = False, (given["query"], given["key"], False)
             case "softmax" if len(shape_of(node) or ()) >= 3:
                 lengths = list((shape_of(node) or ())[-2:])
-                hidden, causal = _hidden_before(flow, node, values), False
+                hidden, causal, between = _hidden_before(flow, node, values), False, (*_compared(flow, node), True)
             case "flex_attention" if "mask_mod" in node.meta:
                 lengths = [(shape_of(given) or (0, 0))[-2] for given in node.all_input_nodes[:2]]
                 hidden, causal = [_hidden_by(_evaluated(node.meta["mask_mod"], lengths), true_hides=False)], False
+                between = node.all_input_nodes[0], node.all_input_nodes[1], True
             case "cumsum" | "cumprod" | "logcumsumexp" if node in values.learned and "flip" not in flow.op.values():
                 axis = _arguments(node, "input dim").get("dim")
                 shape = shape_of(node) or ()
                 if not isinstance(axis, int) or len(shape) < 3:
                     continue
-                lengths, hidden, causal = [shape[axis]] * 2, [], True
+                lengths, hidden, causal, between = [shape[axis]] * 2, [], True, (None, None, True)
             case _:
                 continue
         length = lengths[0]
         if lengths[0] != lengths[1] or length < 2 or length**2 > _MOST_PAIRS:
+            continue
+        if _reads_others(flow, *between[:2], projected=between[2]):
             continue
         allowed = torch.ones(1, length, length, dtype=torch.bool)
         for entries in hidden:
@@ -284,37 +300,80 @@ def _hidden_by(mask: Tensor | None, *, true_hides: bool) -> Tensor | None:
 
 
 def _hidden_before(flow: Flow, softmax: Node, values: _Values) -> list[Tensor | None]:
-    """What additions of masks, and fills by them, hide of the scores that a softmax reads."""
-    hidden: list[Tensor | None] = []
-    pair = (shape_of(softmax) or ())[-2:]
-    node: Node = softmax.all_input_nodes[0]
-    for _ in range(20):
-        if (shape_of(node) or ())[-2:] != pair:
-            break
-        op, sources = flow.op[node], node.all_input_nodes
-        scores = [source for source in sources if source in values.learned]
-        if op in ("add", "sub", "mul", "div", *LAYOUT) and len(scores) == 1:
-            for other in sources:
-                if op == "add" and other is not scores[0]:
-                    hidden.append(_hidden_by(values(other), true_hides=True))
-        elif op == "masked_fill" and len(node.args) == 3 and _fills(node.args[2], values):
-            hidden.append(_hidden_by(values(node.args[1]), true_hides=True))
-        elif op == "where" and len(node.args) == 3 and len(scores) == 1:
-            condition, kept, fill = node.args
-            if _fills(fill if kept is scores[0] else kept, values):
-                hidden.append(_hidden_by(values(condition), true_hides=kept is not scores[0]))
-        else:
-            if op == "baddbmm":
-                hidden.append(_hidden_by(values(node.args[0]), true_hides=True))
-            break
-        if not scores:
-            break
-        node = scores[0]
+    """What masks hide of the scores that a softmax reads, or of what it gives."""
+    hidden = _hidden_in(flow, softmax.all_input_nodes[0], values)
     for user in softmax.users:  # a mask of ones and zeros
         for other in user.all_input_nodes if flow.op[user] == "mul" else ():
             factors = None if other is softmax else values(other)
             hidden.append(None if factors is None else factors == 0)
     return hidden
+
+
+def _hidden_in(flow: Flow, scores: Node, values: _Values) -> list[Tensor | None]:
+    """What additions of masks, and fills by them, hide of scores, or of a learned bias that is added to them."""
+    hidden: list[Tensor | None] = []
+    pair = (shape_of(scores) or ())[-2:]
+    steps = [scores]
+    for node in steps:
+        if (shape_of(node) or ())[-2:] != pair or len(steps) > _MOST_STEPS:
+            continue
+        op, sources = flow.op[node], node.all_input_nodes
+        learned = [source for source in sources if source in values.learned and source not in steps]
+        if op == "add" or (op in ("sub", "mul", "div", *LAYOUT) and len(learned) == 1):
+            for other in sources:
+                if op == "add" and other not in values.learned:
+                    hidden.append(_hidden_by(values(other), true_hides=True))
+        elif op == "masked_fill" and len(node.args) == 3 and _fills(node.args[2], values):
+            hidden.append(_hidden_by(values(node.args[1]), true_hides=True))
+        elif op == "where" and len(node.args) == 3 and len(learned) == 1:
+            condition, kept, fill = node.args
+            if _fills(fill if kept is learned[0] else kept, values):
+                hidden.append(_hidden_by(values(condition), true_hides=kept is not learned[0]))
+        else:
+            if op == "baddbmm":
+                hidden.append(_hidden_by(values(node.args[0]), true_hides=True))
+            continue
+        steps += learned
+    return hidden
+
+
+def _reads_others(flow: Flow, query: Any, key: Any, *, projected: bool) -> bool:
+    """True for queries of one sequence and keys of another, as where a decoder reads what an encoder gives.
+
+    Args:
+        flow: one forward.
+        query: what is compared,
+        key: with what.
+        projected: whether both are made by a layer each from what they come from, or as they are.
+    """
+    if not (isinstance(query, Node) and isinstance(key, Node)):
+        return False
+    first, second = _made_by(flow, [query]), _made_by(flow, [key])
+    if projected and first.isdisjoint(second):
+        first, second = (
+            _made_by(flow, [source for node in nodes for source in node.all_input_nodes]) for nodes in (first, second)
+        )
+    return bool(first) and bool(second) and first.isdisjoint(second)
+
+
+def _made_by(flow: Flow, nodes: list[Node]) -> set[Node]:
+    """The layers, or inputs of the model, that values come from with none in between."""
+    ends: set[Node] = set()
+    for start in nodes:
+        for node in flow.backward(start, lambda node: not flow.is_learned(node)):
+            if flow.is_learned(node) or node.op == "placeholder":
+                ends.add(node)
+    return ends
+
+
+def _compared(flow: Flow, softmax: Node) -> tuple[Any, Any]:
+    """Queries and keys of an attention that is written out."""
+    pair = (shape_of(softmax) or ())[-2:]
+    for node in flow.backward(softmax, lambda node: (shape_of(node) or ())[-2:] == pair, 100):
+        if flow.op[node] in ("matmul", "bmm", "einsum", "baddbmm") and len(node.all_input_nodes) >= 2:
+            query, key = node.all_input_nodes[-2:]
+            return query, key
+    return None, None
 
 
 def _fills(value: Any, values: _Values) -> bool:
@@ -382,6 +441,11 @@ class _Values:
                 dtype: Any = like.meta.get("dtype")
                 self.known[like] = torch.empty(1, dtype=dtype, device="cpu").expand(shape_of(like) or ())
         args, kwargs = self._filled(node.args), self._filled(node.kwargs)
+        if node.target is operator.setitem:
+            if node.args[1] is None:
+                raise LookupError("a view of the tensor was written to, and which one is not told")
+            args[0][args[1]] = args[2]
+            return args[0]
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         function: Callable[..., Any] = node.target  # type: ignore[assignment]
