@@ -148,8 +148,10 @@ def _masked_features(flow: Flow, values: _Values) -> dict[Node, str]:
     }
     for node in flow.nodes:
         op, given = flow.op[node], node.all_input_nodes
-        if op not in ("mul", "masked_fill", "where", "setitem") or node in scores or values.learned.isdisjoint(given):
+        if op not in ("mul", "masked_fill", "where", "setitem") or node in scores:
             continue
+        if not any(source in values.learned and shape_of(source) == shape_of(node) for source in given):
+            continue  # no features, or spread out over pairs of positions
         index = node.args[1] if op == "setitem" and len(node.args) > 1 else None
         masks = [index] if op == "setitem" else [other for other in given if other not in values.learned]
         if any(_takes_positions_out(values(mask), shape_of(node) or (), op) for mask in masks):
@@ -383,12 +385,18 @@ def _fills(value: Any, values: _Values) -> bool:
     return isinstance(value, (int, float)) and value <= _HIDDEN
 
 
+def takes_shape(flow: Flow, node: Node) -> bool:
+    """True where a new tensor takes shape, dtype and device of another one, and none of its values."""
+    op = flow.op[node]
+    return (op.endswith("_like") or op.startswith("new_")) and len(node.all_input_nodes) == 1
+
+
 def _read_by(flow: Flow, node: Node) -> list[Node]:
     """What a node takes values from, and not only shape, dtype and device."""
-    op, sources = flow.op[node], node.all_input_nodes
-    if (op.endswith("_like") or op.startswith("new_")) and len(sources) == 1:
+    if takes_shape(flow, node):
         return []
-    return sources[:1] if op in ("expand_as", "view_as", "reshape_as", "type_as") else sources
+    as_another = flow.op[node] in ("expand_as", "view_as", "reshape_as", "type_as")
+    return node.all_input_nodes[:1] if as_another else node.all_input_nodes
 
 
 class _Values:
