@@ -98,7 +98,7 @@ def _kept_apart(group: list[_Attention]) -> str | None:
             f"attention masks some positions (in {where!r}), such as padding: the mean over all, from which its weight "
             "is made, would count them"
         )
-    reached = allowed | torch.eye(allowed.shape[-1], dtype=torch.bool)
+    reached = allowed | torch.eye(allowed.shape[-1], dtype=torch.bool, device="cpu")
     for _ in range(max(1, math.ceil(math.log2(allowed.shape[-1])))):
         reached = (reached.float() @ reached.float()) > 0
     if bool(reached.all()):
