@@ -468,13 +468,16 @@ class FrequencyDynamic(nn.Module):
         return WeightShape(out_channels, in_channels, (k_h, k_w), self.groups, scale, activation)
 
     def _factors(self, context: Tensor) -> Factors:
-        factors = Factors() if self.KSM_Global is None else self.KSM_Global(context)
+        modulated = self.KSM_Global is not None or self.KSM_Local is not None
+        found = Factors() if self.KSM_Global is None else self.KSM_Global(context)
+        filter_, seen, taps = found.filter, None, None
         if self.KSM_Local is not None:
-            factors = factors._replace(context=self.KSM_Local(context), taps=self.KSM_Local.taps.to(context.dtype))
-        if self.filter_scale is None:
-            return factors
-        scale = self.filter_scale.to(context.dtype).expand(factors.batch, -1)
-        return factors._replace(filter=scale if factors.filter is None else factors.filter * scale)
+            seen, taps = self.KSM_Local(context), self.KSM_Local.taps.to(context.dtype)
+        if self.filter_scale is not None:
+            scale = self.filter_scale.to(context.dtype).expand(context.shape[0] if modulated else 1, -1)
+            filter_ = scale if filter_ is None else filter_ * scale
+        # Not `_replace`, into which the compiler of torch 2.7 does not look.
+        return Factors(found.kernel, found.channel, filter_, found.spatial, seen, taps)
 
     def _apply_weights(self, context: Tensor, x: Tensor, conv: Convolution | None) -> Tensor:
         """Convolve with the weights that the context gives each sample, or multiply without a `Convolution`."""

@@ -85,7 +85,7 @@ def _positions(flow: Flow, call: Node) -> int:
 
 def _kept_apart(group: list[_Attention]) -> str | None:
     """Why the positions of a stack do not all meet, over all of its layers; None if they do."""
-    allowed = torch.zeros(1, group[0].length, group[0].length, dtype=torch.bool)
+    allowed = torch.zeros(1, group[0].length, group[0].length, dtype=torch.bool, device="cpu")
     for attention in group:
         if allowed.shape[0] != attention.allowed.shape[0] and 1 not in (allowed.shape[0], attention.allowed.shape[0]):
             return None
@@ -263,7 +263,7 @@ def _attentions(flow: Flow, values: _Values) -> Iterator[_Attention]:
             continue
         if _reads_others(flow, *between[:2], projected=between[2]):
             continue
-        allowed = torch.ones(1, length, length, dtype=torch.bool)
+        allowed = torch.ones(1, length, length, dtype=torch.bool, device="cpu")
         for entries in hidden:
             if entries is not None and entries.dim() >= 2 and entries.shape[-1] == length:
                 allowed = allowed & ~_by_sample(entries, length)
@@ -272,8 +272,8 @@ def _attentions(flow: Flow, values: _Values) -> Iterator[_Attention]:
 
 def _evaluated(mask_mod: Callable[..., Any], lengths: list[int]) -> Tensor | None:
     """A mask that FlexAttention computes from indices, for the first sample and head."""
-    queries, keys = (torch.arange(length) for length in lengths)
-    zero = torch.zeros((), dtype=torch.long)
+    queries, keys = (torch.arange(length, dtype=torch.int64, device="cpu") for length in lengths)
+    zero = torch.zeros((), dtype=torch.int64, device="cpu")
     try:
         allowed = mask_mod(zero, zero, queries[:, None], keys[None])
     except Exception:  # code of other people, called in a way of our own
