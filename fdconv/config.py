@@ -66,7 +66,7 @@ class FDConfig:
         for field in ("kernel_num", "param_ratio", "min_attention_channels", "band_groups"):
             value = getattr(self, field)
             _require(_is_whole(value) and value >= 1, field, "a whole number from 1", value)
-        _require(self.kernel_num <= 32767, "kernel_num", "at most 32767", self.kernel_num)
+            _require(value <= 32767, field, "at most 32767", value)
         for field in ("reduction", "temperature", "kernel_temperature", "band_softness"):
             value = getattr(self, field)
             _require(
