@@ -128,12 +128,17 @@ class FrequencyDynamic(nn.Module):
             raise RuntimeError(_no_parameter(f"replaced by {name!r}"))
         super().register_parameter(name, param)
 
+    def _is_prepared(self) -> bool:
+        """True for a layer whose global branch was prepared for inference: see `fdconv.prepared`."""
+        return self.KSM_Global is not None and not isinstance(self.KSM_Global, GlobalModulation)
+
     def _modulation(self) -> list[Tensor]:
         """Tensors that are all zero where the modulation is neutral."""
-        if self.KSM_Global is not None and not isinstance(self.KSM_Global, GlobalModulation):  # prepared for inference
-            found = self.KSM_Global.neutral_at_zero()
+        branch: Any = self.KSM_Global
+        if self._is_prepared():
+            found = branch.neutral_at_zero()
         else:
-            found = [] if self.KSM_Global is None else _heads(self.KSM_Global)
+            found = [] if branch is None else _heads(branch)
         local = [] if self.KSM_Local is None else [self.KSM_Local.conv.weight]
         return found + local + ([] if self.FBM is None else _heads(self.FBM.freq_weight_conv_list))
 
@@ -162,8 +167,7 @@ class FrequencyDynamic(nn.Module):
             RuntimeError: they are not whole, and cannot be mended.
         """
         held = self.frequency_group
-        prepared = self.KSM_Global is not None and not isinstance(self.KSM_Global, GlobalModulation)
-        if is_transformed() or prepared or held.is_inference():
+        if is_transformed() or self._is_prepared() or held.is_inference():
             return
         tensor, version = self._groups_seen
         if (tensor != id(held) or (not self.training and version != held._version)) and not self._mend_groups():
@@ -369,7 +373,7 @@ class FrequencyDynamic(nn.Module):
                 f"size mismatch for {prefix}weight: the checkpoint has a static weight {tuple(weight.shape)}, and the "
                 f"dynamic layer stands for one of {shape}."
             )
-        if self.KSM_Global is not None and not isinstance(self.KSM_Global, GlobalModulation):
+        if self._is_prepared():
             return f"{prefix}weight: this model was prepared for inference and cannot be loaded into."
         if self.dft_weight.is_meta and not weight.is_meta:  # as with assign=True
             with torch.random.fork_rng(devices=[]):
