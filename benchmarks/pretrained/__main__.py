@@ -9,8 +9,9 @@ told nothing of the conversion. Tested are glyphs that no scene to train on has,
 that was not. Art and weights are downloaded once (npm, pip and, where there is one, apt-get) into `--cache`.
 
 The grid of a CPU takes about an hour on two cores; that of a GPU has larger nets, scenes, and five seeds, and has not
-been run yet. What is done already is not done again, so a run that was stopped goes on where it was. `--quick` tries everything on drawn shapes in
-a minute, without downloads. Writes `benchmarks/results/pretrained-GRID.jsonl` (a line a training) and `.md`.
+been run yet. What is done already is not done again, so a run that was stopped goes on where it was. `--quick` tries
+everything on drawn shapes in a minute, without downloads. Writes `benchmarks/results/pretrained-GRID.jsonl` (a line a
+training) and `.md`.
 """
 
 from __future__ import annotations
