@@ -24,11 +24,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .allowed import no_larger_than
-from .errors import CheckpointError, SurgeryError, near_misses
+from .errors import CheckpointError, near_misses
+from .finetune import remember, remembered
 from .huggingface.description import Origin, check_plan, describe
 from .likeness import first_difference
 from .operators import get_operator, operator_of
 from .planning import Plan
+from .recipe import FineTune
 from .rewrite.folded import Folded, folded_norms, is_norm
 from .rewrite.tree import swapped
 from .sources import Source, SourceError, infer, rebuild
@@ -81,6 +83,7 @@ def _save(model: nn.Module, folder: Path, source: Source | None, plan: Plan | No
         "layers": layers,
         "folded": folded_norms(model),
         "buffers": _unsaved_dtypes(model),
+        "finetune": remembered(model).to_dict(),
         "plan": None if plan is None else plan.to_dict(),
     }
     try:
@@ -133,6 +136,7 @@ def load(folder: str | Path, *, model: nn.Module | None = None, device: torch.de
             for tensor, data, values in before:  # the caller's model is his as it was
                 tensor.data = data.copy_(values)
             raise CheckpointError(f"{folder / WEIGHTS} does not fit the model: {_first_lines(error)}") from error
+        remember(model, FineTune.from_dict(description.get("finetune", {})))
         plan = description.get("plan")
         recipe = plan.get("recipe") if isinstance(plan, dict) else None
         describe(model, Origin(recipe) if isinstance(recipe, str) else None)
@@ -384,8 +388,9 @@ def _read_description(folder: Path) -> dict[str, Any]:
         folded = description.get("folded", [])
         if not isinstance(folded, list) or not all(isinstance(fqn, str) for fqn in folded):
             raise CheckpointError("'folded' must be a list of names")
+        FineTune.from_dict(description.get("finetune", {}))
     except KeyError as error:
         raise CheckpointError(f"{path} is damaged: it has no {error}") from None
-    except (TypeError, AttributeError, SurgeryError) as error:
+    except (TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     return description

@@ -22,7 +22,7 @@ from .discovery.trace import TracedBy
 from .errors import PlanError, RecipeError, near_misses
 from .integrations.ultralytics import network_of
 from .operators import get_operator
-from .recipe import Recipe, check_rules_matched, detect_recipe, load_recipe, matches_any
+from .recipe import FineTune, Recipe, check_rules_matched, detect_recipe, load_recipe, matches_any
 from .rewrite.supported import refuse_unsupported
 from .surroundings import undisturbed
 
@@ -79,6 +79,8 @@ class Plan:
     left_out: dict[str, int] = field(default_factory=dict)
     """Layers that are no sites, since nothing can take their place (1-D, 3-D and transposed convolutions, ...): how
     many there are of each class."""
+    finetune: FineTune = field(default_factory=FineTune)
+    """How the recipe has the model trained; the model remembers it once the plan is applied."""
     example_inputs: Any = field(default=None, compare=False, repr=False)
     """The caller's example inputs, used again for the check after surgery; not part of `to_dict`."""
 
@@ -135,6 +137,7 @@ class Plan:
             "model_class": self.model_class,
             "tracer": self.tracer,
             "left_out": self.left_out,
+            "finetune": self.finetune.to_dict(),
             "decisions": [asdict(decision) for decision in self.decisions],
         }
 
@@ -250,7 +253,10 @@ def plan_and_observation(
     seen = observe(model, example_inputs, tracer)
     decisions = _decide_all(model, chosen, seen.sites, overrides)
     decisions = tuple(_with_costs(decision, model, seen) if decision.swap else decision for decision in decisions)
-    made = Plan(name, recognised, type(model).__name__, seen.tracer, decisions, dict(seen.left_out), example_inputs)
+    left_out = dict(seen.left_out)
+    made = Plan(
+        name, recognised, type(model).__name__, seen.tracer, decisions, left_out, chosen.finetune, example_inputs
+    )
     return made, seen
 
 

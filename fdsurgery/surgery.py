@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import fx, nn
+from torch.optim import Optimizer
 
 from .discovery import Observation, Site, observe
 from .discovery.record import record
 from .discovery.trace import TRACERS
 from .discovery.twin import twin_of
 from .errors import PlanError, RewriteError, UnsupportedModelError, near_misses
+from .finetune import forget, remember, repairs_of
 from .huggingface.description import Origin, describe
 from .integrations.ultralytics import network_of
 from .operators import get_operator, operator_of
@@ -29,6 +32,7 @@ def convert(
     recipe: str | Path | Recipe = "auto",
     *,
     example_inputs: Any = None,
+    optimizers: Optimizer | Iterable[Optimizer] = (),
     **overrides: Any,
 ) -> nn.Module:
     """Swap the layers of a model that a recipe names for dynamic ones. The outputs do not change.
@@ -43,41 +47,46 @@ def convert(
         recipe: `auto` to recognise the family (else `generic`), a shipped recipe's name, a YAML file, or a `Recipe`.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments for one forward; needed
             only where they cannot be told from the model.
+        optimizers: one or more that hold the model's parameters, to be given those that come with it in the place of
+            those that leave, as `optimizer_after_surgery` does it; changed in place, once all else has succeeded.
         **overrides: operator settings that win over every rule's `with`, e.g. `kernel_num=16`.
 
     Returns:
-        The same object.
+        The same object. It remembers the recipe's `finetune` section, for `param_groups`.
 
     Raises:
-        SurgeryError: see `plan` and `apply`; the model is then bit for bit as it was.
+        SurgeryError: see `plan` and `apply`; the model is then bit for bit as it was, and so are the optimizers.
     """
     if isinstance(model, fx.GraphModule):
         from .rewrite import graph  # which builds on this module
 
-        return graph.convert(model, recipe, example_inputs=example_inputs, **overrides)
+        return graph.convert(model, recipe, example_inputs=example_inputs, optimizers=optimizers, **overrides)
     decided, seen = plan_and_observation(model, recipe, example_inputs, "record", overrides)
-    carry_out(decided, seen, network_of(model))
+    carry_out(decided, seen, network_of(model), optimizers)
     return model
 
 
 @undisturbed()
-def apply(plan: Plan, model: nn.Module) -> nn.Module:
+def apply(plan: Plan, model: nn.Module, *, optimizers: Optimizer | Iterable[Optimizer] = ()) -> nn.Module:
     """Carry out a plan, and check in one more observed forward that every new layer is in use.
 
     Args:
         plan: made by `plan` for this model, or for another one of the same architecture.
         model: changed in place.
+        optimizers: one or more that hold the model's parameters, to be given those that come with it in the place of
+            those that leave, as `optimizer_after_surgery` does it; changed in place, once all else has succeeded.
 
     Returns:
-        The same object.
+        The same object. It remembers the `finetune` section of the plan's recipe, for `param_groups`.
 
     Raises:
         PlanError: the plan swaps nothing, or was made for another architecture.
+        FineTuningError: an optimizer cannot take the new parameters, or is not of this model; nothing was changed.
         RewriteError: a new layer could not be built or is never called; the model is bit for bit as it was.
         UnsupportedModelError: the model is wrapped, compiled, quantised, scripted or offloaded.
     """
     if (network := network_of(model)) is not model:
-        apply(plan, network)
+        apply(plan, network, optimizers=optimizers)
         return model
     refuse_unsupported(model)
     _refuse_empty(plan)
@@ -85,11 +94,13 @@ def apply(plan: Plan, model: nn.Module) -> nn.Module:
     for decision in plan.swaps:
         _check_fits(decision, layers)
     tracer = next((name for name in TRACERS if name == plan.tracer), None)
-    return carry_out(plan, observe(model, plan.example_inputs, tracer or "record"), model)
+    return carry_out(plan, observe(model, plan.example_inputs, tracer or "record"), model, optimizers)
 
 
-def carry_out(plan: Plan, seen: Observation, model: nn.Module) -> nn.Module:
-    """Swap what the plan says in a model that has just been observed."""
+def carry_out(
+    plan: Plan, seen: Observation, model: nn.Module, optimizers: Optimizer | Iterable[Optimizer]
+) -> nn.Module:
+    """Swap what the plan says in a model that has just been observed, and in the optimizers of its parameters."""
     _refuse_empty(plan)
     now = {name: site for site in seen.sites for name in (site.name, *site.aliases)}
     layers = dict(model.named_modules(remove_duplicate=False))
@@ -109,9 +120,14 @@ def carry_out(plan: Plan, seen: Observation, model: nn.Module) -> nn.Module:
             replacements[old] = get_operator(decision.operator).replace(old, decision.settings)
         except Exception as error:
             raise RewriteError(f"{decision.site.name}: {type(error).__name__}: {error}; nothing was changed") from error
+    before = dict(model.named_parameters())
     with swapped(model, replacements):
         _check_in_use(model, plan, seen)
+        repairs = repairs_of(optimizers, model, before)
+    remember(model, plan.finetune)
     describe(model, Origin.of(plan, model))
+    for repair in repairs:
+        repair.carry_out()
     return model
 
 
@@ -142,6 +158,7 @@ def restore(model: nn.Module) -> nn.Module:
             made[layer] = {*vars(again), *again._parameters, *again._buffers, *again._modules}
     with swapped(model, replacements, made):
         pass
+    forget(model)
     describe(model)
     return model
 

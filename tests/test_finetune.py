@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,12 +18,13 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
 import fdsurgery
-from fdconv import FDConfig, FDConv2d, FDLinear
+from fdconv import FDConv2d, FDLinear
 from fdsurgery import SurgeryError, UnsupportedModelError
-from fdsurgery.recipe import parse_recipe
+from fdsurgery.finetune import remembered
+from fdsurgery.recipe import FineTune, parse_recipe
 
 LR, WEIGHT_DECAY = 1e-3, 0.05
-SCALED = parse_recipe("extends: generic\nfinetune: {spectrum_lr_scale: 0.5, modulation_lr_scale: 10}")
+LAYERED_RECIPE = parse_recipe("extends: generic\nfinetune: {layer_decay: 0.75}")
 MODULATION = ("*KSM_*", "*FBM.*")
 
 
@@ -68,48 +70,31 @@ def described(groups: list[dict[str, Any]], model: nn.Module) -> dict[str, tuple
 
 def test_every_parameter_is_in_the_group_it_belongs_to() -> None:
     model = convert(net(), kernel_num=4, band_edges="learned")
-    groups = fdsurgery.param_groups(model, LR, WEIGHT_DECAY, recipe=SCALED)
+    groups = fdsurgery.param_groups(model, LR, WEIGHT_DECAY)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    assert {group["name"]: [names[parameter] for parameter in group["params"]] for group in groups} == {
-        "other": ["stem.weight", "head.weight"],
-        "other, no decay": ["stem.bias", "first.bias", "norm.weight", "norm.bias", "second.bias", "head.bias"],
-        "spectrum": ["first.dft_weight", "second.dft_weight"],
-        "modulation": [
-            *("first.KSM_Global." + name for name in (
-                "fc.weight", "channel_fc.weight", "filter_fc.weight", "spatial_fc.weight", "kernel_fc.weight",
-            )),
-            "first.KSM_Local.conv.weight",
-            *(f"first.FBM.freq_weight_conv_list.{band}.weight" for band in range(3)),
-            *(f"second.KSM_Global.{name}.weight" for name in ("fc", "channel_fc", "filter_fc", "kernel_fc")),
-            "second.KSM_Local.conv.weight",
-        ],
-        "modulation, no decay": [
-            *("first.KSM_Global." + name for name in (
-                "bn.weight", "bn.bias", "relu.scale", "relu.bias",
-                "channel_fc.bias", "filter_fc.bias", "spatial_fc.bias", "kernel_fc.bias",
-            )),
-            "first.KSM_Local.norm.weight", "first.KSM_Local.norm.bias",
-            *(f"first.FBM.freq_weight_conv_list.{band}.bias" for band in range(3)),
-            "first.FBM.edges.edge",
-            *("second.KSM_Global." + name for name in (
-                "bn.weight", "bn.bias", "relu.scale", "relu.bias",
-                "channel_fc.bias", "filter_fc.bias", "kernel_fc.bias",
-            )),
-            "second.KSM_Local.norm.weight", "second.KSM_Local.norm.bias",
-        ],
-    }  # fmt: skip
+    held = {group["name"]: [names[parameter] for parameter in group["params"]] for group in groups}
+    assert held["decay"] == [
+        "stem.weight",
+        "first.dft_weight",
+        *(
+            "first.KSM_Global." + name
+            for name in ("fc.weight", "channel_fc.weight", "filter_fc.weight", "spatial_fc.weight", "kernel_fc.weight")
+        ),
+        "first.KSM_Local.conv.weight",
+        *(f"first.FBM.freq_weight_conv_list.{band}.weight" for band in range(3)),
+        "second.dft_weight",
+        *(f"second.KSM_Global.{name}.weight" for name in ("fc", "channel_fc", "filter_fc", "kernel_fc")),
+        "second.KSM_Local.conv.weight",
+        "head.weight",
+    ]
+    rest = [name for name in names.values() if name not in held["decay"]]
+    assert held["no decay"] == rest
+    assert {"norm.weight", "head.bias", "first.bias", "first.FBM.edges.edge", "first.KSM_Local.norm.weight"} < {*rest}
+    assert {f"first.KSM_Global.{name}.bias" for name in ("channel_fc", "spatial_fc", "kernel_fc", "relu")} < {*rest}
     assert {group["name"]: (group["lr"], group["weight_decay"]) for group in groups} == {
-        "other": (LR, WEIGHT_DECAY),
-        "other, no decay": (LR, 0.0),
-        "spectrum": (LR * 0.5, WEIGHT_DECAY),
-        "modulation": (LR * 10, WEIGHT_DECAY),
-        "modulation, no decay": (LR * 10, 0.0),
+        "decay": (LR, WEIGHT_DECAY),
+        "no decay": (LR, 0.0),
     }
-
-
-def test_without_a_section_all_rates_are_the_same() -> None:
-    groups = fdsurgery.param_groups(convert(net()), LR, WEIGHT_DECAY)
-    assert {group["lr"] for group in groups} == {LR} and len(groups) == 5
 
 
 def test_frozen_parameters_are_left_out_and_shared_ones_listed_once() -> None:
@@ -131,6 +116,16 @@ def test_norms_of_several_axes_are_not_decayed() -> None:
     assert {name: decay for name, (_, decay) in found.items() if decay} == {"2.weight": WEIGHT_DECAY}
 
 
+def test_vectors_with_axes_of_length_one_are_not_decayed_and_matrices_of_one_row_are() -> None:
+    model = nn.Sequential(nn.Linear(4, 1), nn.Conv2d(1, 4, 1, bias=False), nn.Embedding(1, 4))
+    model.scale = nn.Parameter(torch.ones(4, 1, 1))
+    model.response_norm = nn.Parameter(torch.zeros(1, 1, 1, 4))
+    model.temperature = nn.Parameter(torch.ones(1, 1))
+    model.table = nn.Parameter(torch.ones(2, 4))
+    found = described(fdsurgery.param_groups(model, LR, WEIGHT_DECAY), model)
+    assert {name for name, (_, decay) in found.items() if decay} == {"0.weight", "1.weight", "2.weight", "table"}
+
+
 def test_wrapped_models_give_the_groups_of_the_model() -> None:
     model = meta("vit_tiny_patch16_224")
     expected = fdsurgery.param_groups(model, LR, WEIGHT_DECAY, layer_decay=0.75)
@@ -142,7 +137,9 @@ def test_wrapped_models_give_the_groups_of_the_model() -> None:
 def test_an_optimizer_takes_the_groups_and_a_scheduler_keeps_their_ratios(optimizer: Any) -> None:
     model = convert(net().double())
     before = copy.deepcopy(model.state_dict())
-    made = optimizer(fdsurgery.param_groups(model, LR, WEIGHT_DECAY, recipe=SCALED), lr=7.0)
+    groups = fdsurgery.param_groups(model, LR, WEIGHT_DECAY)
+    groups[1]["lr"] *= 10
+    made = optimizer(groups, lr=7.0)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(made, 10)
     for _ in range(2):  # the modulation's first maps move once its heads have
         made.zero_grad()
@@ -151,8 +148,8 @@ def test_an_optimizer_takes_the_groups_and_a_scheduler_keeps_their_ratios(optimi
     scheduler.step()
     assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     rates = {group["name"]: group["lr"] for group in made.param_groups}
-    assert rates["modulation"] == pytest.approx(20 * rates["spectrum"])
-    assert rates["other"] == pytest.approx(LR * (1 + math.cos(math.pi / 10)) / 2)
+    assert rates["no decay"] == pytest.approx(10 * rates["decay"])
+    assert rates["decay"] == pytest.approx(LR * (1 + math.cos(math.pi / 10)) / 2)
 
 
 # Layer-wise decay ----------------------------------------------------------------------------------------------------
@@ -185,11 +182,11 @@ def test_plain_models_get_what_timm_gives_them(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERED)
-def test_dynamic_layers_get_what_the_plain_ones_got_times_the_factor(name: str) -> None:
+def test_dynamic_layers_get_what_the_plain_ones_got(name: str) -> None:
     model = meta(name)
     expected = of_timm(model)
     fdsurgery.convert(model)
-    groups = fdsurgery.param_groups(model, LR, WEIGHT_DECAY, recipe=SCALED, layer_decay=0.75)
+    groups = fdsurgery.param_groups(model, LR, WEIGHT_DECAY, layer_decay=0.75)
     found = described(groups, model)
     layers = {prefix for prefix, module in model.named_modules() if isinstance(module, (FDConv2d, FDLinear))}
     assert layers and set(found) == {parameter for parameter, _ in model.named_parameters()}
@@ -198,15 +195,11 @@ def test_dynamic_layers_get_what_the_plain_ones_got_times_the_factor(name: str) 
         if layer is None or parameter == f"{layer}.bias":
             assert (lr, decay) == expected[parameter]
         else:
-            plain, scale = expected[f"{layer}.weight"][0], 0.5 if parameter.endswith("dft_weight") else 10
-            assert lr == plain * scale
+            assert lr == expected[f"{layer}.weight"][0]
+            assert decay in (0.0, WEIGHT_DECAY)
     assert len({group["name"] for group in groups}) == len(groups)
-    assert {group["name"].split(",")[0] for group in groups} == {f"layer {i}" for i in range(len({*of_depths(groups)}))}
-
-
-def of_depths(groups: list[dict[str, Any]]) -> set[float]:
-    scales = {"spectrum": 0.5, "modulation": 10.0, "other": 1.0}
-    return {round(group["lr"] / scales[group["name"].split(", ")[1]], 12) for group in groups}
+    depths = {group["lr"] for group in groups}
+    assert {group["name"].split(",")[0] for group in groups} == {f"layer {i}" for i in range(len(depths))}
 
 
 def test_no_weight_decay_of_the_model_is_respected() -> None:
@@ -230,15 +223,13 @@ def test_timms_factory_and_scheduler_keep_the_rates() -> None:
     model = convert(net())
 
     def grouped(model: nn.Module) -> list[dict[str, Any]]:
-        return fdsurgery.param_groups(model, LR, WEIGHT_DECAY, recipe=SCALED)
+        return fdsurgery.param_groups(model, LR, WEIGHT_DECAY)
 
     optimizer = create_optimizer_v2(model, "adamw", lr=LR, weight_decay=WEIGHT_DECAY, param_group_fn=grouped)
     scheduler = CosineLRScheduler(optimizer, t_initial=10)
     scheduler.step(5)
     rates = {group["name"]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
-    assert rates["modulation"] == (pytest.approx(LR * 10 / 2), WEIGHT_DECAY)
-    assert rates["spectrum"] == (pytest.approx(LR / 4), WEIGHT_DECAY)
-    assert rates["other, no decay"] == (pytest.approx(LR / 2), 0.0)
+    assert rates == {"decay": (pytest.approx(LR / 2), WEIGHT_DECAY), "no decay": (pytest.approx(LR / 2), 0.0)}
 
 
 def test_a_model_without_layers_is_an_error_with_a_remedy_that_works() -> None:
@@ -254,74 +245,109 @@ def test_a_model_without_layers_is_an_error_with_a_remedy_that_works() -> None:
             fdsurgery.param_groups(model, LR, WEIGHT_DECAY, layer_decay=wrong)
 
 
-# What rates and decays mean for a spectrum ---------------------------------------------------------------------------
-
-SHAPES = [(8, 8, 3), (16, 4, 1), (6, 10, 3), (5, 7, 1)]
-shapes = pytest.mark.parametrize("shape", SHAPES)
+# What a model remembers of its recipe ---------------------------------------------------------------------------------
 
 
-def pair(shape: tuple[int, int, int]) -> tuple[nn.Conv2d, FDConv2d]:
-    torch.manual_seed(0)
-    plain = nn.Conv2d(*shape, bias=False).double()
-    return plain, FDConv2d.from_conv(plain, FDConfig(kernel_num=4))
+def layered_net() -> Net:
+    model = net()
+    model.group_matcher = Matcher()
+    return model
 
 
-def counted(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The half spectrum of a weight's image, and how many coefficients of the whole one each column stands for."""
-    image = weight.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
-    count = torch.full((image.shape[1] // 2 + 1,), 2.0, dtype=torch.float64)
-    count[0] = 1
-    if image.shape[1] % 2 == 0:
-        count[-1] = 1
-    return torch.fft.rfft2(image), count
+class Matcher:
+    """As timm's models have it: which layer a parameter belongs to. A class, so that it can be copied."""
+
+    def __call__(self, coarse: bool = False) -> dict[str, str]:
+        return {"stem": r"^stem", "blocks": r"^(?:first|norm|second)"}
 
 
-def slowness(shape: tuple[int, int, int]) -> float:
-    channels, filters, k = shape
-    return channels * filters * k * k / (2 * (min(channels, filters) // 2) ** 2)
+def rates(model: nn.Module, **settings: Any) -> dict[str, float]:
+    found = described(fdsurgery.param_groups(model, LR, WEIGHT_DECAY, **settings), model)
+    return {name.partition(".")[0]: lr for name, (lr, _) in found.items()}
 
 
-@shapes
-def test_decay_apart_from_the_gradient_is_that_of_the_weight(shape: tuple[int, int, int]) -> None:
-    plain, layer = pair(shape)
-    for parameter in (plain.weight, layer.dft_weight):
-        parameter.grad = torch.zeros_like(parameter)
-        torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.5).step()
-    torch.testing.assert_close(layer.weight + 0, plain.weight * 1.0)
+def test_the_recipes_layer_decay_is_remembered_and_the_callers_wins() -> None:
+    model = fdsurgery.convert(layered_net(), LAYERED_RECIPE, example_inputs=batch())
+    expected = rates(model, layer_decay=0.75)
+    assert expected["stem"] < expected["first"] < expected["head"] == LR
+    assert rates(model) == expected
+    groups = [fdsurgery.param_groups(of, LR, WEIGHT_DECAY) for of in (model, torch.compile(model))]
+    assert groups[0] == groups[1]
+    assert rates(copy.deepcopy(model)) == expected
+    assert set(rates(model, layer_decay=1.0).values()) == {LR}
+    fdsurgery.restore(model)
+    assert set(rates(model).values()) == {LR} and "fdsurgery_finetune" not in vars(model)
 
 
-@shapes
-def test_decay_in_the_gradient_is_another_objective(shape: tuple[int, int, int]) -> None:
-    plain, layer = pair(shape)
-    spectrum, count = counted(plain.weight.detach())
-    energy = (spectrum.abs().square() * count).sum(0) / plain.weight[:, 0].numel() / shape[0]
-    assert float(energy.sum()) == pytest.approx(float(plain.weight.detach().square().sum()))
-    expected = slowness(shape) * (energy.sum() + energy[count == 1].sum())
-    assert float(layer.dft_weight.detach().square().sum()) == pytest.approx(float(expected))
+def test_a_recipe_without_the_section_leaves_nothing_in_the_model() -> None:
+    model = convert(layered_net())
+    assert vars(model).keys() == vars(layered_net()).keys() and set(rates(model).values()) == {LR}
 
 
-@shapes
-def test_the_steps_of_sgd_are_smaller_by_a_known_factor(shape: tuple[int, int, int]) -> None:
-    plain, layer = pair(shape)
-    target = torch.randn_like(plain.weight)
-    moved = []
-    for parameter, weight in ((plain.weight, lambda: plain.weight), (layer.dft_weight, lambda: layer.weight)):
-        start = weight().detach() + 0
-        (weight() * target).sum().backward()
-        torch.optim.SGD([parameter], lr=0.1).step()
-        moved.append(counted(weight().detach() - start))
-    (expected, count), (found, _) = moved
-    torch.testing.assert_close(found * slowness(shape), expected * count / 2)
+def test_a_failed_conversion_leaves_the_memory_as_it_was() -> None:
+    model = layered_net()
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+    with pytest.raises(SurgeryError, match="no parameter of this model"):
+        fdsurgery.convert(model, LAYERED_RECIPE, example_inputs=batch(), optimizers=optimizer)
+    assert remembered(model) == FineTune() and type(model.first) is nn.Conv2d
 
 
-def test_the_figures_for_adamw() -> None:
-    torch.manual_seed(0)
-    for plain, expected in (
-        (nn.Conv2d(64, 64, 1), 1.4), (nn.Linear(64, 256), 2.8), (nn.Linear(256, 64), 2.8), (nn.Conv2d(64, 64, 3), 4.2)
-    ):  # fmt: skip
-        layer = FDConv2d.from_conv(plain) if isinstance(plain, nn.Conv2d) else FDLinear.from_linear(plain)
-        ratio = float(layer.dft_weight.detach().square().mean().sqrt() / plain.weight.detach().square().mean().sqrt())
-        assert ratio == pytest.approx(expected, rel=0.05)
+def test_a_plan_carries_it_to_another_model() -> None:
+    plan = fdsurgery.plan(net(), LAYERED_RECIPE, example_inputs=batch())
+    plan = fdsurgery.Plan.from_dict(plan.to_dict())
+    assert plan.finetune == FineTune(0.75)
+    earlier = {key: value for key, value in plan.to_dict().items() if key != "finetune"}
+    assert fdsurgery.Plan.from_dict(earlier).finetune == FineTune(), "plans of 0.1 do not say"
+    later = {**plan.to_dict(), "finetune": {"spectrum_lr_scale": 3.0}}
+    assert fdsurgery.Plan.from_dict(later).finetune == FineTune(), "what no longer counts is passed over"
+    with pytest.raises(SurgeryError, match=r"damaged: finetune: .*layer_decay must be above 0"):
+        fdsurgery.Plan.from_dict({**plan.to_dict(), "finetune": {"layer_decay": 3.0}})
+    with pytest.raises(SurgeryError, match="damaged: finetune"):
+        fdsurgery.Plan.from_dict({**plan.to_dict(), "finetune": 3})
+
+
+def test_it_is_saved_with_the_model(tmp_path: Path) -> None:
+    recipe = parse_recipe("extends: convnext\nfinetune: {layer_decay: 0.5}")
+    model = fdsurgery.convert(timm.create_model("test_convnext"), recipe)
+    fdsurgery.save(model, tmp_path / "timm")
+    assert rates_of(fdsurgery.load(tmp_path / "timm")) == rates_of(model)
+    named = timm.create_model("test_convnext.fdconv", pretrained_cfg_overlay=None)
+    assert remembered(named) == FineTune(), "the shipped recipes say nothing"
+    assert remembered(timm.create_model(f"local-dir:{tmp_path / 'timm'}")) == FineTune(0.5)
+
+
+def rates_of(model: nn.Module) -> set[float]:
+    found = {group["lr"] for group in fdsurgery.param_groups(model, LR, WEIGHT_DECAY)}
+    assert len(found) > 3
+    return found
+
+
+@pytest.mark.parametrize("damage", [3, {"layer_decay": 0}, {"layer_decay": "x"}, {"layer_decay": float("nan")}])
+def test_a_damaged_section_is_refused(damage: Any, tmp_path: Path) -> None:
+    import json
+
+    fdsurgery.save(fdsurgery.convert(timm.create_model("test_convnext")), tmp_path / "saved")
+    path = tmp_path / "saved" / "fdsurgery.json"
+    description = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**description, "finetune": {"modulation_lr_scale": 10}}), encoding="utf-8")
+    assert remembered(fdsurgery.load(tmp_path / "saved")) == FineTune()
+    path.write_text(json.dumps({**description, "finetune": damage}), encoding="utf-8")
+    with pytest.raises(SurgeryError, match=r"is damaged: .*(mapping|layer_decay)"):
+        fdsurgery.load(tmp_path / "saved")
+
+
+def test_a_transformers_model_tells_it_in_its_config(tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    model = small_segformer()
+    recipe = parse_recipe("extends: segformer\nfinetune: {layer_decay: 0.5}")
+    fdsurgery.convert(model, recipe)
+    model.save_pretrained(tmp_path)
+    assert remembered(fdsurgery.from_pretrained(tmp_path)) == FineTune(0.5)
+    backbone = AutoModel.from_pretrained(tmp_path)
+    assert remembered(backbone) == FineTune(0.5)
+    fdsurgery.restore(model)
+    assert remembered(model) == FineTune() and not hasattr(model.config, "quantization_config")
 
 
 # Freezing ------------------------------------------------------------------------------------------------------------
@@ -500,6 +526,139 @@ def test_what_left_is_gone_and_what_came_is_in_its_group() -> None:
     scheduler.step()
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([2.5e-4, 7.5e-4, 2.5e-4, 0.125])
     torch.optim.AdamW(optimizer.param_groups).load_state_dict(optimizer.state_dict())
+
+
+def test_one_call_converts_the_model_and_its_optimizers() -> None:
+    twin, model = net(), net()
+    made = [torch.optim.AdamW(two_groups(of), lr=0.01) for of in (twin, model)]
+    torch.manual_seed(1)
+    for of, optimizer in zip((twin, model), made, strict=True):
+        torch.manual_seed(1)
+        step(of, optimizer, batch())
+    before = dict(twin.named_parameters())
+    convert(twin)
+    fdsurgery.optimizer_after_surgery(made[0], twin, before)
+    loss = torch.optim.SGD([model.head.bias, nn.Parameter(torch.ones(1))], lr=0.1)
+    plan = fdsurgery.plan(model, "generic", example_inputs=batch())
+    assert fdsurgery.apply(plan, model, optimizers=(made[1], loss)) is model
+    assert str(made[1].state_dict()) == str(made[0].state_dict())
+    step(model, made[1], batch())
+    assert loss.param_groups[0]["params"][0] is model.head.bias and not loss.state
+
+
+def test_graphs_and_their_optimizers_are_converted_in_one_call() -> None:
+    model = net()
+    exported = torch.export.export(model, (batch(),)).module()
+    optimizer = torch.optim.SGD(exported.parameters(), lr=0.1, momentum=0.9)
+    step(exported, optimizer, batch())
+    convert(exported, optimizers=optimizer)
+    assert isinstance(exported.first, FDConv2d)
+    assert {*optimizer.param_groups[0]["params"]} == {*exported.parameters()}
+    step(exported, optimizer, batch())
+
+
+def contents(optimizer: torch.optim.Optimizer) -> tuple[list[list[int]], str]:
+    return [[id(one) for one in group["params"]] for group in optimizer.param_groups], str(optimizer.state_dict())
+
+
+class Runner:
+    """Holds a layer and does not show it."""
+
+    __slots__ = ("layer",)
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+
+class OutOfReach(Net):
+    """Calls a layer where it cannot be replaced, which shows once it has been."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = Runner(self.second)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.runner.layer(self.norm(self.first(self.stem(x)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("model_class", "second", "message"),
+    [(Net, "of another model", "holds no parameter of this model"), (OutOfReach, "none", "'second' is never called")],
+)
+def test_no_optimizer_changes_if_the_conversion_fails(model_class: type[Net], second: str, message: str) -> None:
+    model = model_class()
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.01)]
+    step(model, optimizers[0], batch())
+    if second != "none":
+        optimizers.append(torch.optim.AdamW(nn.Linear(3, 3).parameters()))
+    before, held, state = contents(optimizers[0]), [*model.parameters()], copy.deepcopy(model.state_dict())
+    with pytest.raises(SurgeryError, match=message):
+        convert(model, optimizers=optimizers)
+    assert contents(optimizers[0]) == before and type(model.first) is nn.Conv2d
+    assert all(now is then for now, then in zip(model.parameters(), held, strict=True))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def by_hand(model: nn.Module, decay: Callable[[str, nn.Parameter], bool], **more: Any) -> list[dict[str, Any]]:
+    """Groups as people write them: what is decayed, and what is not."""
+    chosen: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        chosen[decay(name, parameter)].append(parameter)
+    return [{"params": chosen[True], "weight_decay": 0.1}, {"params": chosen[False], "weight_decay": 0.0, **more}]
+
+
+def test_what_needs_no_decay_goes_to_the_group_without() -> None:
+    model = net()
+    optimizer = torch.optim.AdamW(by_hand(model, lambda _, one: one.dim() > 1), lr=0.01)
+    convert(model, optimizers=optimizer)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    held = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    expected = fdsurgery.param_groups(model, 0.01, 0.1)
+    assert held == [[names[parameter] for parameter in group["params"]] for group in expected]
+
+
+@pytest.mark.parametrize("groups", ["one", "another rate", "another decay"])
+def test_where_no_group_without_decay_fits_all_stay_with_the_weight(groups: str) -> None:
+    model = net()
+    given: Any = by_hand(model, lambda _, one: one.dim() > 1)
+    if groups == "one":
+        given = model.parameters()
+    elif groups == "another rate":
+        given[1]["lr"] = 0.5
+    else:
+        given[1]["weight_decay"] = 0.01
+    optimizer = torch.optim.AdamW(given, lr=0.01, weight_decay=0.1)
+    convert(model, optimizers=optimizer)
+    assert {*model.first.parameters()} - {model.first.bias} < {*optimizer.param_groups[0]["params"]}
+
+
+@pytest.mark.parametrize("how", ["parameters", "groups", "param_groups"])
+def test_the_state_fits_an_optimizer_that_is_made_anew_in_the_same_way(how: str) -> None:
+    def made(model: nn.Module) -> torch.optim.Optimizer:
+        groups: Any = {
+            "parameters": lambda: model.parameters(),
+            "groups": lambda: by_hand(model, lambda _, one: one.dim() > 1),
+            "param_groups": lambda: fdsurgery.param_groups(model, 0.01, 0.1),
+        }[how]()
+        return torch.optim.AdamW(groups, lr=0.01)
+
+    model = net()
+    optimizer = made(model)
+    convert(model, optimizers=optimizer)
+    step(model, optimizer, batch())
+    fresh = made(model)
+    assert [group["params"] for group in fresh.param_groups] == [group["params"] for group in optimizer.param_groups]
+
+
+def test_an_order_of_ones_own_is_kept() -> None:
+    model = net()
+    optimizer = torch.optim.SGD([*reversed([*model.parameters()])], lr=0.1)
+    convert(model, optimizers=optimizer)
+    held = optimizer.param_groups[0]["params"]
+    assert held[0] is model.head.bias and held[-1] is model.stem.weight
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    shown = [names[parameter].partition(".")[0] for parameter in held]
+    assert shown == sorted(shown, key=["head", "second", "norm", "first", "stem"].index)
 
 
 def test_adagrad_is_given_the_state_that_earlier_releases_make_only_once() -> None:

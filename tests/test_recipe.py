@@ -106,15 +106,17 @@ def test_inherited_rules_come_after_own_ones_and_once(tmp_path: Path) -> None:
     assert recipe.name == "child" and recipe.match.timm == (), "a family is recognised by its own recipe alone"
 
 
-def test_rates_are_inherited_one_by_one(tmp_path: Path) -> None:
-    (tmp_path / "far.yaml").write_text("finetune: {spectrum_lr_scale: 0.1, modulation_lr_scale: 2}")
-    (tmp_path / "left.yaml").write_text("extends: far.yaml\nfinetune: {spectrum_lr_scale: 3}")
-    (tmp_path / "right.yaml").write_text("finetune: {spectrum_lr_scale: 4, modulation_lr_scale: 5}")
+def test_how_to_train_is_inherited(tmp_path: Path) -> None:
+    (tmp_path / "far.yaml").write_text("finetune: {layer_decay: 0.5}")
+    (tmp_path / "left.yaml").write_text("extends: far.yaml")
+    (tmp_path / "right.yaml").write_text("finetune: {layer_decay: 0.75}")
     (tmp_path / "child.yaml").write_text("extends: [left.yaml, right.yaml]")
-    assert load_recipe(tmp_path / "child.yaml").finetune == FineTune(3, 2), "the first parent that says"
-    (tmp_path / "child.yaml").write_text("extends: [ffn, right.yaml]\nfinetune: {modulation_lr_scale: 1}")
-    assert load_recipe(tmp_path / "child.yaml").finetune == FineTune(4, 1), "the own one first, be it the default"
-    assert parse_recipe("extends: resnet").finetune == FineTune(None, None)
+    assert load_recipe(tmp_path / "child.yaml").finetune == FineTune(0.5), "the first parent that says"
+    (tmp_path / "child.yaml").write_text("extends: [ffn, right.yaml]")
+    assert load_recipe(tmp_path / "child.yaml").finetune == FineTune(0.75)
+    (tmp_path / "child.yaml").write_text("extends: right.yaml\nfinetune: {layer_decay: 1}")
+    assert load_recipe(tmp_path / "child.yaml").finetune == FineTune(1), "the own one first, be it the default"
+    assert parse_recipe("extends: resnet").finetune == FineTune(None)
 
 
 def test_recipes_that_extend_each_other_are_an_error(tmp_path: Path) -> None:
@@ -174,14 +176,23 @@ BROKEN = {
     "entry is text": ("swap: [conv]", r"1:8: swap\[0\]: .*, not 'conv'"),
     "description is a number": ("description: 3", "1:1: description: expected text, not 3; put it in quotes"),
     "optional is text": ("swap: [{where: {kind: conv}, optional: 'no'}]", r"1:30: swap\[0\]\.optional: .*not 'no'"),
-    "unknown rate": (
-        "finetune:\n  spectrm_lr_scale: 2",
-        r"2:3: finetune\.spectrm_lr_scale: no such key; known: .*did you mean 'spectrum_lr_scale'",
+    "unknown key of training": (
+        "finetune:\n  layr_decay: 0.5",
+        r"2:3: finetune\.layr_decay: no such key; known: .*did you mean 'layer_decay'",
     ),
-    "rate of nothing": ("finetune: {modulation_lr_scale: 0}", r"1:12: finetune\.modulation_lr_scale: .*than 0, not 0"),
-    "rate is text": ("finetune: {modulation_lr_scale: '2'}", r"1:12: .*valid number, not '2'"),
-    "rate is true": ("finetune: {modulation_lr_scale: true}", r"1:12: .*valid number, not True"),
-    "rate without end": ("finetune: {spectrum_lr_scale: .inf}", r"1:12: .*finite number, not inf"),
+    "spectra at another rate": (
+        "finetune: {spectrum_lr_scale: 4}",
+        r"1:12: finetune\.spectrum_lr_scale: this key is gone and needs no successor: .*; delete the line",
+    ),
+    "modulation at another rate": (
+        "finetune:\n  layer_decay: 0.5\n  modulation_lr_scale: 10",
+        r"3:3: finetune\.modulation_lr_scale: this key is gone and has no successor: .*; delete the line",
+    ),
+    "decay of all": ("finetune: {layer_decay: 0}", r"1:12: finetune\.layer_decay: .*than 0, not 0"),
+    "decay above one": ("finetune: {layer_decay: 1.5}", r"1:12: finetune\.layer_decay: .*equal to 1, not 1\.5"),
+    "decay is text": ("finetune: {layer_decay: '2'}", r"1:12: .*valid number, not '2'"),
+    "decay is true": ("finetune: {layer_decay: true}", r"1:12: .*valid number, not True"),
+    "decay is no number": ("finetune: {layer_decay: .nan}", r"1:12: finetune\.layer_decay: .*not nan"),
     "rates are a number": ("finetune: 3", "1:1: finetune: .*, not 3"),
     "a list": ("- swap", "1:1: a recipe is a mapping of description, .*not a list"),
     "a word": ("swap", "1:1: a recipe is a mapping of .*not 'swap'"),
@@ -298,8 +309,8 @@ def test_scalars_that_mean_different_things_are_refused_with_their_place(text: s
 
 
 def test_numbers_of_recipes_as_people_write_them() -> None:
-    recipe = parse_recipe("swap: [{where: {role: ffn}, with: {reduction: 1e-1}}]\nfinetune: {modulation_lr_scale: 1e1}")
-    assert recipe.finetune.modulation_lr_scale == 10 and recipe.swap[0].settings == {"reduction": 0.1}
+    recipe = parse_recipe("swap: [{where: {role: ffn}, with: {reduction: 1e-1}}]\nfinetune: {layer_decay: 5e-1}")
+    assert recipe.finetune.layer_decay == 0.5 and recipe.swap[0].settings == {"reduction": 0.1}
     with pytest.raises(RecipeError, match=r"1:1: description: expected text, not 100000\.0; put it in quotes"):
         parse_recipe("description: 1e5\nextends: ffn")
     with pytest.raises(RecipeError, match=r"kernel_num: .* whole number from 1, not 10\.0"):
@@ -331,7 +342,9 @@ VALUES = st.recursive(
 
 @settings(max_examples=300, deadline=None)
 @given(
-    st.sampled_from([*Where.model_fields, "because", "optional", "with", "operator", "where", "spectrum_lr_scale"]),
+    st.sampled_from(
+        [*Where.model_fields, "because", "optional", "with", "operator", "where", "layer_decay", "spectrum_lr_scale"]
+    ),
     VALUES,
     st.sampled_from(["keep", "swap", "where", "finetune", "top"]),
 )

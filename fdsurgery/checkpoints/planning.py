@@ -492,6 +492,7 @@ def _description(fit: Fit, layers: dict[str, Layer], made: Plan | None) -> dict[
         "versions": {"fdsurgery": version("fdsurgery"), "torch": torch.__version__},
         "source": fit.source.to_dict(),
         "layers": {fqn: {"operator": FDConvOperator.name, "settings": layer.settings} for fqn, layer in layers.items()},
+        "finetune": {} if made is None else made.finetune.to_dict(),
         "plan": None if made is None else made.to_dict(),
     }
 

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..errors import CheckpointError, SurgeryError, near_misses
+from ..errors import CheckpointError, near_misses
+from ..finetune import remembered
 from ..operators import get_operator, operator_of
+from ..recipe import FineTune
 from ..rewrite.folded import Folded, folded_norms, is_norm
 
 if TYPE_CHECKING:
@@ -73,6 +75,8 @@ class Description:
     """Layers with a scale of each filter, into which a norm was folded, and whether they have a bias."""
     folded: tuple[str, ...] = ()
     """The norms that were folded."""
+    finetune: FineTune = field(default_factory=FineTune)
+    """What the model remembers of how its recipe has it trained."""
 
     @staticmethod
     def of(model: nn.Module, origin: Origin) -> Description:
@@ -88,7 +92,8 @@ class Description:
         prefix = str(getattr(model, "base_model_prefix", ""))
         scaled = {name: layer.bias is not None for name, layer in model.named_modules() if _is_scaled(layer)}
         folded = tuple(folded_norms(model))
-        return Description(type(model).__name__, prefix, origin, tuple(groups.values()), scaled, folded)
+        layers = tuple(groups.values())
+        return Description(type(model).__name__, prefix, origin, layers, scaled, folded, remembered(model))
 
     def to_dict(self) -> dict[str, Any]:
         """The description as plain JSON types, as it stands in the config."""
@@ -103,6 +108,7 @@ class Description:
             "layers": [asdict(group) for group in self.layers],
             **({"scaled": dict(self.scaled)} if self.scaled else {}),
             **({"folded": list(self.folded)} if self.folded else {}),
+            **({"finetune": finetune} if (finetune := self.finetune.to_dict()) else {}),
         }
 
     @staticmethod
@@ -121,8 +127,10 @@ class Description:
             layers = tuple(_group_from_dict(entry) for entry in data["layers"])
             origin = _origin_from_dict(data)
             scaled, folded = _folding_from_dict(data)
-            description = Description(data["model_class"], data["base_model_prefix"], origin, layers, scaled, folded)
-        except (KeyError, TypeError, AttributeError, SurgeryError) as error:
+            finetune = FineTune.from_dict(data.get("finetune", {}))
+            names = data["model_class"], data["base_model_prefix"]
+            description = Description(*names, origin, layers, scaled, folded, finetune)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"quantization_config is damaged: {type(error).__name__}: {error}") from None
         if not layers:
             raise CheckpointError("quantization_config is damaged: it names no layers")

@@ -15,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError
+from ..finetune import remember
 from ..operators import operator_of
 from ..rewrite.folded import Folded
 from ..rewrite.tree import swapped
@@ -64,6 +65,7 @@ class DynamicLayersQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, Folded):
                 module.reset_statistics()  # transformers makes room for what is not saved, and leaves it as it finds it
         _forget_quantization(model)
+        remember(model, description.finetune)
         describe(model, description.origin_for(model))
         return model
 

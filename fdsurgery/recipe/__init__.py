@@ -2,9 +2,10 @@
 
 from .conditions import matches_any
 from .library import detect_recipe, load_recipe, parse_recipe, shipped_recipes
-from .rules import KeepRule, Match, Recipe, SwapRule, check_rules_matched
+from .rules import FineTune, KeepRule, Match, Recipe, SwapRule, check_rules_matched
 
 __all__ = [
+    "FineTune",
     "KeepRule",
     "Match",
     "Recipe",

@@ -96,14 +96,32 @@ class Figures:
 class FineTune:
     """How to train what the recipe converts; see `fdsurgery.param_groups`. None where it does not say."""
 
-    spectrum_lr_scale: float | None = None
-    """Factor of the learning rate for spectra."""
-    modulation_lr_scale: float | None = None
-    """Factor of the learning rate for modulation."""
+    layer_decay: float | None = None
+    """Factor of the learning rate from each layer to the one before it."""
+
+    def __post_init__(self) -> None:
+        decay = self.layer_decay
+        if decay is not None and not (isinstance(decay, (int, float)) and 0 < decay <= 1):
+            raise ValueError(f"layer_decay must be above 0 and at most 1, not {decay!r}")
 
     def over(self, inherited: FineTune) -> FineTune:
         """What this one says, and where it does not, what another one says."""
-        return replace(inherited, **{key: value for key, value in vars(self).items() if value is not None})
+        return replace(inherited, **self.to_dict())
+
+    def to_dict(self) -> dict[str, float]:
+        """What it says, as plain JSON types."""
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+    @staticmethod
+    def from_dict(data: Any) -> FineTune:
+        """Undo `to_dict`. Keys of other versions, which say how to train and not what a model is, are passed over.
+
+        Raises:
+            TypeError, ValueError: it is no mapping, or a value is out of range.
+        """
+        if not isinstance(data, dict):
+            raise TypeError("'finetune' must be a mapping")
+        return FineTune(data.get("layer_decay"))
 
 
 @dataclass(frozen=True)

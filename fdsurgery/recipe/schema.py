@@ -69,16 +69,20 @@ class SwapEntry(_Closed):
     """The rule may match no layer."""
 
 
-Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
 class FineTuneEntry(_Closed):
     """How to train what the recipe converts."""
 
-    spectrum_lr_scale: Scale | None = None
-    """Factor of the learning rate for spectra, the `dft_weight` of dynamic layers; 1 where no recipe says."""
-    modulation_lr_scale: Scale | None = None
-    """Factor of the learning rate for modulation, their `KSM_*` and `FBM`; 1 where no recipe says."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Factor of the learning rate from each layer to the one before it; 1 where no recipe says."""
+
+
+GONE = {
+    ("finetune", "spectrum_lr_scale"): "this key is gone and needs no successor: a spectrum is stored so that it moves "
+    "its weight as far as the weight itself would move; delete the line",
+    ("finetune", "modulation_lr_scale"): "this key is gone and has no successor: no measurement has shown a use for "
+    "another rate than that of all parameters; delete the line",
+}
+"""Keys of version 0.1, and why nothing takes their place."""
 
 
 class FiguresEntry(_Closed):
@@ -214,7 +218,9 @@ def _fault(fault: Any, source: YamlSource) -> tuple[tuple[int, int], RecipeError
     """One of pydantic's errors in our words, with the place to sort by."""
     path: KeyPath = fault["loc"]
     kind, given = fault["type"], fault["input"]
-    if kind == "extra_forbidden":
+    if path in GONE:
+        message = GONE[path]
+    elif kind == "extra_forbidden":
         known = _keys_at(path[:-1])
         message = f"no such key; known: {', '.join(known)}{near_misses(str(path[-1]), known)}"
     elif kind == "missing":

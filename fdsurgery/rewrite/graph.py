@@ -11,7 +11,7 @@ import copy
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from ..discovery.site import Kind
 from ..errors import PlanError, RewriteError, SurgeryError, UnsupportedModelError
@@ -102,6 +103,7 @@ def convert(
     recipe: str | Path | Recipe = "auto",
     *,
     example_inputs: Any = None,
+    optimizers: Optimizer | Iterable[Optimizer] = (),
     **overrides: Any,
 ) -> fx.GraphModule:
     """`fdsurgery.convert` for graphs: make modules of functional calls, plan, and apply the plan.
@@ -115,6 +117,7 @@ def convert(
         graph_module: changed in place, all or nothing.
         recipe: as for `fdsurgery.plan`; a graph does not tell its family, so `auto` comes to `generic`.
         example_inputs: as for `fdsurgery.plan`; of a size that the graph was made for.
+        optimizers: as for `fdsurgery.convert`.
         **overrides: operator settings that win over every rule's `with`, e.g. `kernel_num=16`.
 
     Returns:
@@ -132,7 +135,7 @@ def convert(
                 f"the plan for {decided.model_class} swaps nothing: {why_nothing(decided)}; and {len(stay)} "
                 f"functional call(s) cannot be made modules, {stay[0]}"
             )
-        carry_out(decided, seen, graph_module)
+        carry_out(decided, seen, graph_module, optimizers)
     return graph_module
 
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from ..allowed import timm_arguments, timm_name
 from ..checkpoint import DESCRIPTION, _read_description, replacements_for
 from ..errors import CheckpointError, near_misses
+from ..finetune import remember
 from ..operators import operator_of
+from ..recipe import FineTune
 from ..rewrite.tree import swapped
 from ..sources import Source
 from . import SUFFIX
@@ -198,7 +200,8 @@ def put_in_layers(model: nn.Module, folder: Path) -> None:
         CheckpointError: the folder is damaged, or the model has none of the layers.
     """
     layers = dict(model.named_modules())
-    described = _read_description(folder)["layers"]
+    description = _read_description(folder)
+    described = description["layers"]
     found = _renamed(described, layers)
     if not found:
         raise CheckpointError(
@@ -207,6 +210,7 @@ def put_in_layers(model: nn.Module, folder: Path) -> None:
     replacements = replacements_for(model, found, folder / DESCRIPTION)
     with swapped(model, replacements):
         pass
+    remember(model, FineTune.from_dict(description.get("finetune", {})))
 
 
 def _settings(arguments: dict[str, Any]) -> dict[str, Any]:
