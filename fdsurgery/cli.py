@@ -333,13 +333,13 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="folder for the picture")] = Path(
         "fdsurgery-demo"
     ),
-    epochs: Annotated[int, typer.Option(min=1, help="epochs of fine-tuning for either model")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="steps of fine-tuning for either model")] = 150,
     seed: Annotated[int, typer.Option(help="seed of all random numbers")] = 0,
 ) -> None:
-    """Train a small model on handwritten digits, convert it, and fine-tune both: about two minutes on two cores."""
+    """Train a small net to find handwriting on photographs, convert it, fine-tune both: two minutes on two cores."""
     from .demo import run
 
-    run(output, epochs=epochs, seed=seed, console=out)
+    run(output, steps=steps, seed=seed, console=out)
 
 
 def main() -> None:

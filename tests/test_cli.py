@@ -198,18 +198,5 @@ def test_importing_the_library_is_light() -> None:
     assert float(done.stdout) < 3, "well under a second on an idle machine"
 
 
-@pytest.mark.long
-def test_the_demo_runs_and_draws(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    from rich.console import Console
-
-    from fdsurgery.demo import run
-
-    result = run(tmp_path / "demo", epochs=1, seed=0, console=Console(quiet=True))
-    assert (tmp_path / "demo" / "digits.png").stat().st_size > 10_000
-    assert result["static"][0] == result["converted"][0], "conversion leaves the accuracy as it was"
-    assert min(result["static"][-1], result["converted"][-1]) > 0.8
-
-
 def test_cases_name_shipped_recipes() -> None:
     assert {case.recipe for case in CASES.values()} <= set(fdsurgery.shipped_recipes())

@@ -6,15 +6,13 @@ The paper expects high bands to be kept at edges, and low ones in flat parts.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fdconv import FDConv2d
-from fdconv.modulation import gate
+from fdsurgery.inspect import band_maps
 
 from .data import HELD_OUT, picture
 
@@ -32,7 +30,8 @@ def edge_correlations(model: nn.Module, device: torch.device) -> list[float]:
     for name in HELD_OUT:
         image = middle(name)
         edges = edge_strength(image).to(device)
-        for maps in band_maps(model, image.to(device)):
+        for found_maps in band_maps(model, image.to(device)).values():
+            maps = found_maps[0, 0]
             seen = F.adaptive_avg_pool2d(edges, maps.shape[-2:]).flatten()
             found.append([_correlation(one.flatten(), seen) for one in maps])
     return np.nanmean(np.array(found), axis=0).tolist()
@@ -53,30 +52,6 @@ def edge_strength(image: Tensor) -> Tensor:
     return F.conv2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), kernels).norm(dim=1, keepdim=True)
 
 
-@torch.no_grad()
-def band_maps(model: nn.Module, image: Tensor) -> list[Tensor]:
-    """The maps that each layer with band modulation makes: `(bands, H, W)`, high band first, neutral at 1."""
-    made: list[Tensor] = []
-
-    def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, FDConv2d) and layer.FBM is not None
-        convs: Any = layer.FBM.freq_weight_conv_list
-        logits = torch.cat([F.conv2d(inputs[0], conv.weight, conv.bias, padding=1) for conv in convs], dim=1)
-        made.append(gate(logits.movedim(1, -1), layer.config.band_activation).movedim(-1, 1)[0])
-
-    hooks = [
-        layer.register_forward_pre_hook(look)
-        for layer in model.modules()
-        if isinstance(layer, FDConv2d) and layer.FBM is not None
-    ]
-    try:
-        model.eval()(image)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return made
-
-
 def draw_maps(model: nn.Module, path: Path, device: torch.device) -> None:
     """Pictures, their edge strength, and the maps of the first layer that has any."""
     from matplotlib.figure import Figure
@@ -87,7 +62,8 @@ def draw_maps(model: nn.Module, path: Path, device: torch.device) -> None:
     titles = ("picture", "edge strength", "above 1/4", "1/8 to 1/4", "1/16 to 1/8 cycles a pixel")
     for row, name in zip(grid, shown, strict=True):
         image = middle(name)
-        columns = [image[0, 0], edge_strength(image)[0, 0], *band_maps(model, image.to(device))[0].cpu()]
+        first = next(iter(band_maps(model, image.to(device)).values()))
+        columns = [image[0, 0], edge_strength(image)[0, 0], *first[0, 0].cpu()]
         for axes, title, values in zip(row, titles, columns, strict=True):
             axes.imshow(values, cmap="gray")
             axes.axis("off")
