@@ -96,6 +96,7 @@ def test_a_run_goes_on_where_it_was_and_tells(tmp_path: Path, capsys: pytest.Cap
     assert rows[2]["steps"] == pytest.approx(2 * pace[grids.CONVERTED] / pace[grids.STATIC], abs=0.6)
     wanted = bench._wanted([RESNET], range(1), [""], rows)
     assert grids.STATIC not in wanted[0, RESNET] and "KSM only" in wanted[0, RESNET]
+    assert bench._wanted([RESNET], range(1), [grids.STATIC, "bands"], []) == {(0, RESNET): [grids.STATIC, "bands only"]}
     by = {(row["row"], row["seed"]): row["known"] for row in rows}
     gain = by[grids.CONVERTED, 0] - by[grids.STATIC, 0]
     assert report.gains(rows, grids.CONVERTED, grids.STATIC, "known") == [gain]

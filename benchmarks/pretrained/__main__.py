@@ -1,7 +1,7 @@
 """Whether a converted, really pretrained net learns as well as its plain twin, in anybody's training loop.
 
-    python -m benchmarks.pretrained [--quick] [--device cpu|cuda] [--rows TEXT] [--nets TEXT] [--seeds N] [--steps N]
-                                    [--processes N] [--cache FOLDER] [--check] [--report]
+    python -m benchmarks.pretrained [--quick] [--device cpu|cuda] [--rows TEXT ...] [--nets TEXT] [--seeds N]
+                                    [--steps N] [--processes N] [--cache FOLDER] [--output FOLDER] [--check] [--report]
 
 Nets with pretrained weights segment glyphs that are pasted on photographs. Two stages are frozen, the head is warmed up
 alone, and then every row takes the same steps on the same batches, with one AdamW that is set for the plain net and
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two steps on drawn shapes; nothing is downloaded")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rows", default="", help="rows whose name contains this; several after commas")
+    parser.add_argument("--rows", nargs="+", default=[""], help="rows of this name, or else whose name contains this")
     parser.add_argument("--nets", default="", help="nets whose name contains this")
     parser.add_argument("--seeds", type=int, help="how many; else those of the grid")
     parser.add_argument("--steps", type=int, help="for all nets; goes to a file of its own")
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
         _prepare(grid, nets, options)
         if options.check:
             return
-        _train(grid, _wanted(nets, seeds, options.rows.split(","), read(file)), options, file)
+        _train(grid, _wanted(nets, seeds, options.rows, read(file)), options, file)
     if read(file):
         report(grid, file)
         print(f"see {file.with_suffix('.md')}")
@@ -96,10 +96,20 @@ def _wanted(
     for seed in seeds:
         for net in nets:
             for row in ROWS:
-                asked = any(text in row.name for text in texts) and row.name not in net.without
-                if asked and not unknown_settings(row) and (net.name, row.name, seed) not in done:
+                asked = any(_means(text, row.name) for text in texts)
+                if (
+                    asked
+                    and row.name not in net.without
+                    and not unknown_settings(row)
+                    and (net.name, row.name, seed) not in done
+                ):
                     wanted.setdefault((seed, net), []).append(row.name)
     return wanted
+
+
+def _means(text: str, name: str) -> bool:
+    """Whether what was asked for is this row."""
+    return text == name if any(text == row.name for row in ROWS) else text in name
 
 
 def _train(grid: Grid, wanted: dict[tuple[int, Net], list[str]], options: argparse.Namespace, file: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -132,7 +133,7 @@ def resnet_weights(
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.1)
     right = 0.0
-    for _ in range(steps):
+    for _ in track(range(steps), "ResNet-18 learns glyphs"):
         chosen = torch.randint(len(images), (64,))
         logits = net(as_input(images[chosen].to(device)))
         wanted = names[chosen].to(device)
