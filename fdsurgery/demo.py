@@ -231,7 +231,7 @@ def draw(static: Run, converted: Run, scenes: Scenes, path: Path) -> None:
         score_axes.plot(
             [*one.scores], [100 * score for score in one.scores.values()], "o-", color=color, label=one.name
         )
-    loss_axes.set(title="training loss", xlabel="step of fine-tuning", yscale="log")
+    loss_axes.set(title="training loss", xlabel="step of fine-tuning")
     score_axes.set(title=f"IoU of ink on {TEST_SCENES} scenes, %", xlabel="step of fine-tuning")
     for axes in (loss_axes, score_axes):
         axes.legend()
@@ -245,7 +245,7 @@ def _draw_scenes(figure: Any, static: Run, converted: Run, scenes: Scenes) -> No
     layer, maps = next(iter(band_maps(converted.model, images).items()))
     titles = ("input", "truth", "static", "converted", *(f"bands {band}" for band in BANDS_DRAWN))
     figure.suptitle(
-        f"masks of the fine-tuned models; at the right the maps of {layer}, by cycles a pixel: 1 is neutral"
+        f"masks of the fine-tuned models; at the right the band maps of {layer}, in cycles a pixel of its input"
     )
     grid = figure.subplots(SCENES_DRAWN, len(titles))
     reach = max(float((maps[:, 0] - 1).abs().max()), 1e-3)
@@ -260,7 +260,7 @@ def _draw_scenes(figure: Any, static: Run, converted: Run, scenes: Scenes) -> No
             one.set(xticks=[], yticks=[])
             if row == 0:
                 one.set_title(title)
-    figure.colorbar(last, ax=grid[:, -1], label="factor of the band")
+    figure.colorbar(last, ax=grid[:, -1], label="factor of the band, 1 is neutral")
     for name, colour in COLOURS.items():
         grid[-1, 0].plot([], [], "s", color=colour, label=name)
     figure.legend(loc="outside lower left", ncols=len(COLOURS))
