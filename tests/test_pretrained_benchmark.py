@@ -69,10 +69,12 @@ def test_rows_start_alike_and_can_be_had_again() -> None:
     for measure in grids.MEASURES:
         assert untrained[measure] == pytest.approx(static[measure], abs=0.5)
     assert not static["gates"] and static["parameters"] < untrained["parameters"]
+    adapted = training.run(QUICK, RESNET, ROWS["static, as many parameters (adapter)"], 0, 0, NOWHERE, CPU)
+    assert 1 <= adapted["parameters"] / untrained["parameters"] < 1.001 and adapted["known"] == static["known"]
 
 
 def test_only_the_late_stages_become_dynamic_and_train() -> None:
-    model = training.converted(training.warmed_up(QUICK, LITE, 0, 16, NOWHERE, CPU), LITE.family, {})
+    model = training.converted(training.warmed_up(QUICK, LITE, 0, NOWHERE, CPU), LITE.family, {})
     training.warmed_up.cache_clear()
     swapped = [name for name, layer in model.named_modules() if isinstance(layer, training.FDConv2d)]
     assert len(swapped) == 22 and all(name.startswith(("stages.2.", "stages.3.")) for name in swapped)

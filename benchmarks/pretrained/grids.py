@@ -20,15 +20,15 @@ class Row:
     """Of the operator, over the recipe's; None for a net that stays plain."""
     steps: str = "equal"
     """`equal`, `none`, or `time`: as many as take the time of `converted`."""
-    wider: bool = False
-    """A plain net with a head so wide that it has as many parameters as `converted`."""
+    adapter: bool = False
+    """A plain net with as many parameters as `converted`, by an adapter on its last map that starts at zero."""
 
 
 STATIC, TIMED, CONVERTED = "static", "static at equal time", "converted"
 ROWS = (
     Row("head warmed up alone", steps="none"),
     Row(STATIC),
-    Row("static, as many parameters (wider head)", wider=True),
+    Row("static, as many parameters (adapter)", adapter=True),
     Row(CONVERTED, {}),
     Row("converted, paper's parametrisation", {"spectrum": "paper", "norm": "batch"}),
     Row("no modulation (spectra only)", ONLY_SPECTRA),
@@ -93,7 +93,7 @@ GRIDS = {
     "cpu": Grid(
         nets=(
             Net("EfficientNet-Lite0", "lite", 150, NO_BANDS),
-            Net("ResNet-18 of half width", "resnet", 100, ON_RESNET, width=32),
+            Net("ResNet-18 of half width", "resnet", 150, ON_RESNET, width=32),
         ),
         seeds=3,
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,19 @@ class Segmenter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.late(*self.early(x))
+
+
+class Adapter(nn.Module):
+    """Adds to a map what two 1x1 convolutions make of it; nothing at the start."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.into = nn.Conv2d(channels, hidden, 1, bias=False)
+        self.back = nn.Conv2d(hidden, channels, 1, bias=False)
+        nn.init.zeros_(self.back.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.back(F.relu(self.into(x)))
 
 
 def lite(name: str, cache: Path | None) -> list[nn.Module]:
@@ -148,6 +162,20 @@ def resnet_weights(
     if file is not None:
         torch.save(weights, file)
     return weights
+
+
+def adapted(net: Segmenter, family: str) -> Segmenter:
+    """The same net with as many parameters as the conversion would give it, the new ones on the last map."""
+    added = count(converted(copy.deepcopy(net), family, {})) - count(net)
+    channels = net.channels[-1]
+    adapter = Adapter(channels, -(-added // (2 * channels))).to(next(net.parameters()).device)
+    net.stages[3] = nn.Sequential(net.stages[3], adapter)
+    return net
+
+
+def count(model: nn.Module) -> int:
+    """Parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def converted(net: Segmenter, family: str, settings: dict[str, Any]) -> Segmenter:

@@ -17,12 +17,12 @@ from torch.nn import functional as F
 
 from fdconv import FDConv2d
 from fdconv.composite import local_gate
+from fdsurgery.inspect import band_maps
 
-from ..accuracy.maps import band_maps
 from ..timing import environment
 from .art import KNOWN, UNSEEN, Material, material, synthetic
 from .grids import CONVERTED, ROWS, STATIC, Grid, Net, Row
-from .nets import Segmenter, converted, lite, resnet, resnet_weights
+from .nets import Segmenter, adapted, converted, count, lite, resnet, resnet_weights
 from .report import read
 from .scenes import as_input, scenes
 
@@ -89,12 +89,12 @@ def start(grid: Grid, net: Net, seed: int, cache: Path, device: torch.device) ->
     return Start(stages, own.classes, train, tests, as_input(drawn["known"][0][:8]).to(device))
 
 
-@lru_cache(maxsize=2)
-def warmed_up(grid: Grid, net: Net, seed: int, width: int, cache: Path, device: torch.device) -> Segmenter:
+@lru_cache(maxsize=1)
+def warmed_up(grid: Grid, net: Net, seed: int, cache: Path, device: torch.device) -> Segmenter:
     """The net whose head has been trained alone; rows take a copy."""
     begin = start(grid, net, seed, cache, device)
     torch.manual_seed(seed)
-    model = Segmenter(copy.deepcopy(begin.stages), width, begin.classes).to(device)
+    model = Segmenter(copy.deepcopy(begin.stages), grid.head, begin.classes).to(device)
     model.stages.requires_grad_(False)
     model.train()
     model.stages.eval()
@@ -106,10 +106,11 @@ def warmed_up(grid: Grid, net: Net, seed: int, width: int, cache: Path, device: 
 def run(grid: Grid, net: Net, row: Row, seed: int, steps: int, cache: Path, device: torch.device) -> dict[str, Any]:
     """Train one row of one seed; everything is drawn from the seed."""
     begin = start(grid, net, seed, cache, device)
-    width = wider_head(grid, net, cache, device) if row.wider else grid.head
-    model = copy.deepcopy(warmed_up(grid, net, seed, width, cache, device))
+    model = copy.deepcopy(warmed_up(grid, net, seed, cache, device))
+    torch.manual_seed(seed)  # the first maps of attention and adapter are drawn
+    if row.adapter:
+        model = adapted(model, net.family)
     if row.settings is not None:
-        torch.manual_seed(seed)  # the first map of the attention is drawn
         model = converted(model, net.family, row.settings)
     model.train()
     seconds = train(model, begin.train, steps, seed + 1000, grid)
@@ -120,17 +121,6 @@ def run(grid: Grid, net: Net, row: Row, seed: int, steps: int, cache: Path, devi
         **measure(model, begin, grid),
         "gates": gates(model, begin.looked_at),
     }
-
-
-def wider_head(grid: Grid, net: Net, cache: Path, device: torch.device) -> int:
-    """Channels of a head that makes up for the parameters which the conversion adds."""
-    stages, classes = pretrained_stages(grid, net, cache, device), material_of(grid, cache).classes
-
-    def sized(width: int) -> Segmenter:
-        return Segmenter(copy.deepcopy(stages), width, classes)
-
-    wanted = count(converted(sized(grid.head), net.family, {}))
-    return next(width for width in range(grid.head, 4096, 8) if count(sized(width)) >= wanted)
 
 
 def train(model: Segmenter, data: Scenes, steps: int, seed: int, grid: Grid) -> float:
@@ -163,11 +153,6 @@ def train(model: Segmenter, data: Scenes, steps: int, seed: int, grid: Grid) -> 
             torch.cuda.synchronize()
         taken.append(clock() - begun)
     return statistics.median(taken)
-
-
-def count(model: nn.Module) -> int:
-    """Parameters."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @torch.no_grad()
@@ -227,7 +212,7 @@ def gates(model: Segmenter, images: Tensor) -> dict[str, float]:
         for hook in hooks:
             hook.remove()
     if maps:
-        found["bands"] = [float((gate - 1).abs().mean()) for gate in maps]
+        found["bands"] = [float((gate - 1).abs().mean()) for gate in maps.values()]
     return {kind: statistics.mean(values) for kind, values in found.items()}
 
 
