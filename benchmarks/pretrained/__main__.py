@@ -93,8 +93,8 @@ def _wanted(
             print(f"left out: {row.name}: the installed FDConfig has no {', '.join(unknown)}")
     done = {(line["net"], line["row"], line["seed"]) for line in lines}
     wanted: dict[tuple[int, Net], list[str]] = {}
-    for seed in seeds:
-        for net in nets:
+    for net in nets:  # those that take longest first
+        for seed in seeds:
             for row in ROWS:
                 asked = any(_means(text, row.name) for text in texts)
                 if (

@@ -93,7 +93,7 @@ GRIDS = {
     "cpu": Grid(
         nets=(
             Net("EfficientNet-Lite0", "lite", 150, NO_BANDS),
-            Net("ResNet-18 of half width", "resnet", 150, ON_RESNET, width=32),
+            Net("ResNet-18 of half width", "resnet", 120, ON_RESNET, width=32),
         ),
         seeds=3,
     ),
