@@ -33,7 +33,7 @@ from .planning import Plan
 from .recipe import FineTune
 from .rewrite.folded import Folded, folded_norms, is_norm
 from .rewrite.tree import swapped
-from .sources import Source, SourceError, infer, rebuild
+from .sources import Source, SourceError, import_library, infer, rebuild
 from .surroundings import undisturbed
 from .wrappers import unwrapped
 
@@ -229,6 +229,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 def _rebuilt(source: Source, tensors: dict[str, Tensor], folder: Path) -> nn.Module:
     held = sum(tensor.numel() for tensor in tensors.values())
     where = f"{folder / DESCRIPTION}: its source"
+    import_library(source)  # what a library makes as it is imported needs memory, and is made once
     with contextlib.suppress(SourceError), no_larger_than(len(tensors), held, where), torch.device("meta"):
         rebuild(source)  # without memory first; some builders cannot run there
     with no_larger_than(len(tensors), held, where):

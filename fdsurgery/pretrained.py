@@ -79,8 +79,11 @@ def _save(
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; give a folder")
     check_plan(plan, model)
-    dynamic = {fqn for fqn, layer in model.named_modules() if operator_of(layer) is not None}
-    if verification is not None and {layer.fqn for layer in verification.layers} != dynamic:
+    dynamic = {fqn: layer for fqn, layer in model.named_modules() if operator_of(layer) is not None}
+    empty = [fqn for fqn, layer in dynamic.items() if any(tensor.is_meta for tensor in layer.state_dict().values())]
+    if empty:
+        raise CheckpointError(f"{empty[0]!r} is on the meta device, where weights have no values to be saved")
+    if verification is not None and {layer.fqn for layer in verification.layers} != dynamic.keys():
         raise CheckpointError("the verification is not of this model: it is of other layers than are dynamic here")
     describe(model, None if plan is None else Origin.of(plan, model))
     try:

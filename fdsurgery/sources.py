@@ -83,6 +83,16 @@ def build(spec: str, *, pretrained: bool) -> tuple[nn.Module, Source]:
     return model.eval(), source
 
 
+def import_library(source: Source) -> None:
+    """Import what `rebuild` takes the model from, if it takes it from a library.
+
+    Raises:
+        SourceError: it is not installed.
+    """
+    if source.library in _EXTRAS:
+        getattr(_import(source.library), source.name, None)  # transformers imports the file of a class only now
+
+
 def rebuild(source: Source) -> nn.Module:
     """Build the plain model of a saved source, with weights that mean nothing yet.
 

@@ -156,7 +156,10 @@ def test_an_optimizer_takes_the_groups_and_a_scheduler_keeps_their_ratios(optimi
 
 
 def meta(name: str) -> nn.Module:
-    with torch.device("meta"):
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name)
+    except NotImplementedError:  # timm before 1.0.30 counts the widths of a RegNet on the default device
         return timm.create_model(name)
 
 

@@ -302,6 +302,8 @@ def in_mmseg_mit_names(model: nn.Module) -> State:
     """A SegFormer's encoder as mmseg names it: fused queries, keys and values, 1x1 convolutions in the FFNs."""
     state, result = dict(model.state_dict()), {}
     encoder = model.segformer
+    if not hasattr(encoder, "stages"):
+        pytest.skip("this transformers has older names for a SegFormer's modules than those mapped here")
     for s, stage in enumerate(encoder.stages):
         modules = {f"layers.{s}.0.projection": stage.patch_embeddings.proj, f"layers.{s}.2": stage.layer_norm}
         modules[f"layers.{s}.0.norm"] = stage.patch_embeddings.layer_norm
@@ -385,8 +387,11 @@ def test_other_transformers_models_go_to_their_names_and_back(family: str, tmp_p
     assert theirs.keys() >= set(names)
     assert not any("encoder" in name or "embedder" in name for name in theirs)
     if family == "vit":
-        attention = model.vit.layers[1].attention
-        parts = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+        state = model.state_dict()
+        names = [name for name in state if ".1." in name and name.endswith(("q_proj.weight", "query.weight"))]
+        names += [name for name in state if ".1." in name and name.endswith(("k_proj.weight", "key.weight"))]
+        names += [name for name in state if ".1." in name and name.endswith(("v_proj.weight", "value.weight"))]
+        parts = [state[name] for name in names]
         assert torch.equal(theirs["layers.1.attn.attn.in_proj_weight"], torch.cat(parts))
     convert_checkpoint(tmp_path / "theirs.pth", tmp_path / "ours", model=spec)
     torch.testing.assert_close(logits(fdsurgery.load(tmp_path / "ours"), x), logits(model, x), rtol=1e-4, atol=1e-4)

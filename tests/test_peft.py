@@ -70,7 +70,7 @@ def adapted(name: str, **settings: Any) -> tuple[Any, nn.Module, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("name", "targets"), [("test_vit", LINEAR), ("hf vit", ["query", "fc1"]), ("test_resnet", CONV)]
+    ("name", "targets"), [("test_vit", LINEAR), ("hf vit", ["fc1", "intermediate.dense"]), ("test_resnet", CONV)]
 )
 def test_a_fresh_adapter_changes_nothing_and_is_plain(name: str, targets: Any) -> None:
     model, x = converted(name)
@@ -108,7 +108,7 @@ def test_the_sum_beside_a_convolution() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "targets"), [("test_vit", LINEAR), ("hf vit", ["query", "fc1"]), ("test_resnet", CONV)]
+    ("name", "targets"), [("test_vit", LINEAR), ("hf vit", ["fc1", "intermediate.dense"]), ("test_resnet", CONV)]
 )
 def test_adapters_train_save_load_and_switch_off(name: str, targets: Any, tmp_path: Path) -> None:
     model, x = converted(name)

@@ -124,14 +124,14 @@ def test_timm_models(name: str) -> None:
 def test_every_family_of_timm_that_reparameterises_is_here() -> None:
     import timm.models
 
-    found = set()
+    found, modules = set(), {info.name for info in pkgutil.iter_modules(timm.models.__path__)}
     for info in pkgutil.iter_modules(timm.models.__path__):
         if info.name.startswith("_") or not (timm.list_models(module=info.name)):
             continue
         source = inspect.getsource(importlib.import_module(f"timm.models.{info.name}"))
         if re.search(r"def (fuse|reparameterize|switch_to_deploy|convert_to_deploy)\(", source):
             found.add(info.name)
-    assert found == set(TIMM)
+    assert found == TIMM.keys() & modules
 
 
 YOLO = [

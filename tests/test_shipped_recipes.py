@@ -8,7 +8,7 @@ import torch
 import fdsurgery
 from fdsurgery.recipe import load_recipe, shipped_recipes
 from fdsurgery.recipe.rules import Figures
-from fdsurgery.sources import build
+from fdsurgery.sources import SourceError, build
 
 BASES = {"ffn", "generic"}
 RECIPES = {name: load_recipe(name) for name in shipped_recipes()}
@@ -20,7 +20,7 @@ def planned(spec: str, recipe: str = "auto") -> fdsurgery.Plan:
     try:
         with torch.device("meta"):
             return fdsurgery.plan(build(spec, pretrained=False)[0], recipe)
-    except (fdsurgery.DiscoveryError, NotImplementedError):  # some initialisations copy values
+    except (fdsurgery.DiscoveryError, SourceError, NotImplementedError):  # some initialisations copy values
         return fdsurgery.plan(build(spec, pretrained=False)[0], recipe)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from releases import older
 from timm.models import load_checkpoint
 from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from timm.models.resnet import BasicBlock, ResNet
@@ -377,7 +378,8 @@ def test_saved_by_either_and_loaded_by_either(x: Tensor, tmp_path: Path) -> None
     fdsurgery.save(model, tmp_path / "ours")
     assert json.loads((tmp_path / "ours/fdsurgery.json").read_text())["source"]["name"] == "test_resnet.r160_in1k"
     assert torch.equal(outputs(fdsurgery.load(tmp_path / "ours"), x), outputs(model, x))
-    timm.models._hub.save_for_hf(model, tmp_path / "timms")
+    told = {"recipe": "resnet"} if older("timm", "1.0.31") else None  # from then on timm finds it on the model
+    timm.models._hub.save_for_hf(model, tmp_path / "timms", model_args=told)
     config = json.loads((tmp_path / "timms/config.json").read_text())
     assert config["architecture"] == "test_resnet.fdconv" and config["model_args"]["recipe"] == "resnet"
     for classes in ({}, {"num_classes": 8}):

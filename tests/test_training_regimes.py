@@ -306,7 +306,8 @@ def _sharded(rank: int) -> dict[str, Results]:
         if regime == "by rows":  # one spectrum cannot be divided along its first axis
             options["shard_placement_fn"] = lambda parameter: Shard(1) if parameter.dim() == 4 else None
         if regime == "bfloat16":
-            options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+            # Reduced in float64, for with gloo torch 2.8 gives float32 the sum over the processes, not the mean.
+            options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float64)
         for layer in model.children():
             if isinstance(layer, (FDConv2d, FDLinear)):
                 fully_shard(layer, **options)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from releases import since
 
 from benchmarks import tracers
 from benchmarks.zoo import TIMM, Raw, measure, run, table
@@ -51,6 +52,7 @@ def test_a_detector_is_compared_where_its_head_writes() -> None:
     assert len(scores) == len(boxes) > 0
 
 
+@since("timm", "1.0.31", "may lack models of the list, which is of that release")
 def test_every_timm_module_has_its_model() -> None:
     import json
 

@@ -53,6 +53,7 @@ class DynamicLayersQuantizer(HfQuantizer):  # type: ignore[misc]
         with swapped(model, self.quantization_config.description.replacements_for(model)):
             pass
         self._repairs = _repairs(model)
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     def get_weight_conversions(self) -> list[WeightRenaming]:
         """What transformers is to do to the saved names after its own renamings."""
@@ -60,6 +61,7 @@ class DynamicLayersQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         description = self.quantization_config.description
+        self._check_shapes(model)
         _check_read(model, description)
         for module in model.modules():
             if isinstance(module, Folded):
@@ -68,6 +70,16 @@ class DynamicLayersQuantizer(HfQuantizer):  # type: ignore[misc]
         remember(model, description.finetune)
         describe(model, description.origin_for(model))
         return model
+
+    def _check_shapes(self, model: nn.Module) -> None:
+        """transformers before 5.23 puts tensors of any shape into a model that has a quantizer."""
+        for name, tensor in model.state_dict().items():
+            expected = self._shapes.get(name, tensor.shape)
+            if tensor.shape != expected:
+                raise CheckpointError(
+                    f"the weights hold {name!r} in the shape {tuple(tensor.shape)}, and the model has it in "
+                    f"{tuple(expected)}; to start it afresh takes ignore_mismatched_sizes=True and transformers 5.23"
+                )
 
     def is_serializable(self) -> bool:
         """Yes."""
