@@ -7,7 +7,8 @@ which pixels are ink. Scenes to test on have other digits on other parts of the 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,18 @@ class Run:
     """IoU of ink on the scenes to test on, by the number of steps before."""
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Operations this small gain little from a second thread, and wait long for one where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def run(output: Path, *, steps: int, seed: int, console: Console) -> dict[str, dict[int, float]]:
     """Run the demo and write its picture.
 

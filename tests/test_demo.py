@@ -77,8 +77,10 @@ def test_a_missing_package_is_told_before_anything_is_done(demo: Any, tmp_path: 
 def test_it_runs_and_draws(demo: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(demo, "PRETRAINING_STEPS", 2)
     monkeypatch.setattr(demo, "TEST_SCENES", 4)
+    threads = torch.get_num_threads()
     result = demo.run(tmp_path / "demo", steps=2, seed=0, console=Console(quiet=True))
     assert (tmp_path / "demo" / "scenes.png").stat().st_size > 50_000
+    assert torch.get_num_threads() == threads
     assert set(result) == {"static", "converted"} and [*result["static"]] == [*result["converted"]] == [0, 1, 2]
     assert result["static"][0] == pytest.approx(result["converted"][0], abs=1e-3), "conversion changes no prediction"
 
