@@ -59,7 +59,10 @@ def _weight(layer: FDConv2d | FDLinear, context: Tensor) -> Tensor:
     assert factors.kernel is not None and factors.channel is not None
     ratio = layer.config.param_ratio
     gain = factors.kernel.view(len(context), ratio, -1)[:, :, layer.frequency_group.long()]
-    spectrum = (torch.view_as_complex(layer.dft_weight) * gain).sum(1) * layer._neutral_scale()
+    spectrum = (torch.view_as_complex(layer.dft_weight) * gain).sum(1)
+    stored, edge = layer._scale()
+    columns = torch.tensor([edge if 2 * v in (0, in_channels * k_w) else 1.0 for v in range(spectrum.shape[-1])])
+    spectrum = spectrum * (stored * columns).to(spectrum)
     image = torch.fft.irfft2(spectrum, s=(out_channels * k_h, in_channels * k_w))
     weight = image.view(-1, out_channels, k_h, in_channels, k_w).permute(0, 1, 3, 2, 4)
     if factors.context is not None and factors.taps is not None:

@@ -24,6 +24,10 @@ from .strides import contiguous
 
 T = TypeVar("T")
 
+SLOW_MAPS = 32
+"""Channels from which on the weights of the maps' logits are scaled by the inverse of their number: the more inputs a
+logit has, the further a step of Adam moves it."""
+
 
 def fourier_basis(size: int, highest: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Orthonormal real Fourier basis up to a frequency: columns `1, cos 1, sin 1, cos 2, sin 2, ...`
@@ -257,6 +261,7 @@ class BandModulation(nn.Module):
             raise ValueError(f"band_groups={config.band_groups} does not divide the {in_channels} input channels")
         self.config = config
         shape = (config.band_groups, in_channels // config.band_groups, 3, 3)
+        self.speed = 1.0 if config.spectrum == "paper" else min(1.0, SLOW_MAPS / shape[1])
         maps = len(config.bands) + config.band_lowfreq
         self.freq_weight_conv_list = nn.ModuleList(ZeroInit(*shape, device=device, dtype=dtype) for _ in range(maps))
         self.edges = BandEdges(in_channels, config, device, dtype) if config.band_edges != "fixed" else None
@@ -264,13 +269,17 @@ class BandModulation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with without_autocast(x.device):
             wide = x.to(fft_dtype(x.dtype))  # the maps as well: logits beyond float16's range make a softmax NaN
-            convs: Any = self.freq_weight_conv_list
-            weight, bias = (self._by_group([getattr(conv, name) for conv in convs]) for name in ("weight", "bias"))
-            weight, bias = weight.to(wide.dtype), bias.to(wide.dtype)
+            weight, bias = (one.to(wide.dtype) for one in self.logits_of())
             if self.edges is None and is_plain(wide):
                 return band_loop.apply(wide, weight, bias, self.config).to(x.dtype)
             edges = None if self.edges is None else self.edges(wide)
             return modulated(wide, weight, bias, self.config, edges).to(x.dtype)
+
+    def logits_of(self) -> tuple[Tensor, Tensor]:
+        """Weight `(groups*maps, C/groups, 3, 3)` and bias of the convolution that gives the maps' logits."""
+        convs: Any = self.freq_weight_conv_list
+        weight, bias = (self._by_group([getattr(conv, name) for conv in convs]) for name in ("weight", "bias"))
+        return (weight if self.speed == 1.0 else weight * self.speed), bias
 
     def _by_group(self, parameters: list[Tensor]) -> Tensor:
         """Those of all maps, `(groups, ...)` each, as `(groups*maps, ...)`: the maps of a group follow one another."""

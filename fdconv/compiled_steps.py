@@ -104,7 +104,8 @@ def images(source: Source) -> Tensor:
     """The weights of a chunk before they are modulated in space, as images `(b, D1, D2)`."""
     samples, (rows, columns) = len(source.tables), _axes(source.shape)
     across = buffer("spectra", (samples, columns, rows, 2), torch.float32)
-    cpu_kernels.scale(source.spectra, source.group, source.tables, across)
+    edges = cpu_kernels.Edges.of(source.shape, turned=len(source.group) == 1)
+    cpu_kernels.scale(source.spectra, source.group, source.tables, edges, across)
     halfway = torch.fft.ifft(torch.view_as_complex(across), dim=2).contiguous()
     scaled = across.view(samples, rows, columns, 2)  # what was there is no longer needed
     cpu_kernels.transpose(torch.view_as_real(halfway), scaled)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .modulation import Factors, gate
 from .real_fft import padded, planes, real_image
-from .spectrum import image_to_weight
+from .spectrum import column_factors, edge_columns, image_to_weight
 from .strides import contiguous, is_channels_last
 
 
@@ -26,6 +26,8 @@ class WeightShape(NamedTuple):
     groups: int
     scale: float
     """Factor of the spectra at which the neutral weight comes out."""
+    edge: float
+    """Another one, of their edge columns: see `fdconv.spectrum`."""
     activation: str
     """Gate of the local branch."""
 
@@ -64,7 +66,7 @@ def sample_weights(spectra: Tensor, frequency_group: Tensor, factors: Factors, s
     if torch.onnx.is_in_onnx_export():
         image = real_image(_scaled_planes(spectra, frequency_group, factors.kernel, shape), shape.width)
     else:
-        scaled = scaled_spectra(spectra, frequency_group, factors.kernel, shape.scale)
+        scaled = _scaled_spectra(spectra, frequency_group, factors.kernel, shape)
         if not torch.jit.is_tracing() and scaled.shape[0] == 0:  # of which torch takes no transform
             return spectra.new_zeros(0, shape.out_channels, shape.in_channels, *shape.kernel_size)
         image = torch.fft.irfft2(scaled, s=_size(shape))
@@ -81,25 +83,41 @@ def _size(shape: WeightShape) -> tuple[int, int]:
     return shape.out_channels * shape.kernel_size[0], shape.width
 
 
-def scaled_spectra(spectra: Tensor, frequency_group: Tensor, kernel: Tensor | None, scale: float) -> Tensor:
+def _scaled_spectra(spectra: Tensor, frequency_group: Tensor, kernel: Tensor | None, shape: WeightShape) -> Tensor:
     """The spectra scaled group by group and summed over `r`: `(B, D1, D2h)`, complex."""
     if kernel is None:
-        return torch.view_as_complex(spectra.sum(0, keepdim=True) * scale)
-    kernel = kernel.unflatten(1, (spectra.shape[0], -1)) * scale
-    # index_select takes no uint8, and `kernel[..., frequency_group]` would read uint8 as a mask.
+        factors = column_factors(shape.width, shape.scale, shape.edge, spectra)
+        return torch.view_as_complex(spectra.sum(0, keepdim=True) * factors)
+    kernel, entries = edge_entries(kernel.unflatten(1, (spectra.shape[0], -1)) * shape.scale, frequency_group, shape)
     # One entry for the real and one for the imaginary part: a factor broadcast over a last axis of two is slow.
-    index = frequency_group.flatten().int().repeat_interleave(2)
+    index = entries.flatten().repeat_interleave(2)
     scaled = spectra * kernel.index_select(2, index).view(*kernel.shape[:2], *spectra.shape[1:])
     return torch.view_as_complex(scaled[:, 0] if spectra.shape[0] == 1 else scaled.sum(1))
 
 
+def edge_entries(tables: Tensor, frequency_group: Tensor, shape: WeightShape) -> tuple[Tensor, Tensor]:
+    """Tables of factors by group, `(..., n)` to `(..., 2*n)` with those of the edge columns behind, and where to look.
+
+    So edges cost no pass over the spectra, which are looked up in any case.
+
+    Returns:
+        The tables, and the entry of every coefficient, `(D1, D2h)`, int32: to be taken by `index_select`, which takes
+        no uint8 (and indexing would read uint8 as a mask).
+    """
+    entries = frequency_group.int()
+    if shape.edge == 1:
+        return tables, entries
+    behind = edge_columns(shape.width, entries.device).int() * tables.shape[-1]
+    return torch.cat([tables, tables * shape.edge], -1), entries + behind
+
+
 def _scaled_planes(spectra: Tensor, frequency_group: Tensor, kernel: Tensor | None, shape: WeightShape) -> Tensor:
-    """As `scaled_spectra`, but laid out for `real_image`; what depends on no sample is a constant of the graph."""
-    laid_out = planes(spectra, shape.width)
+    """As `_scaled_spectra`, but laid out for `real_image`; what depends on no sample is a constant of the graph."""
+    laid_out = planes(spectra * column_factors(shape.width, shape.scale, shape.edge, spectra), shape.width)
     if kernel is None:
-        return laid_out.sum(0, keepdim=True) * shape.scale
+        return laid_out.sum(0, keepdim=True)
     index = padded(frequency_group.int(), shape.width)
-    gain = (kernel * shape.scale).unflatten(1, (len(spectra), 1, -1)).index_select(3, index.flatten())
+    gain = kernel.unflatten(1, (len(spectra), 1, -1)).index_select(3, index.flatten())
     return (laid_out * gain.unflatten(3, index.shape)).sum(1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import inf
 from typing import Any, Literal
@@ -21,6 +22,10 @@ class FDConfig:
     """Number `n` of disjoint frequency groups of the weight spectrum (section 3.2)."""
     param_ratio: int = 1
     """Number `r` of spectra that share the groups; each has its own kernel attention."""
+    spectrum: Literal["isometric", "paper"] = "isometric"
+    """How the layer's numbers are stored, which decides how fast an optimizer moves what they stand for. `isometric`:
+    the weight learns exactly as a plain layer's does, and every gate at one speed whatever the width. `paper`: the
+    scales of the authors' code and of version 0.1."""
 
     ksm_global: bool = True
     """Channel, filter, spatial and kernel attention from the pooled input (KSM, global branch, section 3.3)."""
@@ -32,7 +37,9 @@ class FDConfig:
     min_attention_channels: int = 16
     """Least width of the attention bottleneck."""
     norm: Literal["auto", "batch", "rms"] = "auto"
-    """Norm of the bottleneck. `auto`: BatchNorm for convolutions, RMSNorm for linear layers. `rms` needs no batch."""
+    """Norm of the bottleneck. `rms` needs no batch. `batch` is the paper's for convolutions; over few samples it is
+    mostly noise, so it wants 32 and more of them. `auto`: `rms`, but with the `paper`'s spectrum as the paper has it,
+    BatchNorm for convolutions and RMSNorm for linear layers."""
     global_activation: Gate = "sigmoid"
     """Gate of the channel, filter and spatial heads: `2*sigmoid(z/T)` or `1+tanh(z/T)`."""
     kernel_activation: KernelGate = "sigmoid"
@@ -86,12 +93,18 @@ class FDConfig:
         hard = self.band_edges == "fixed"
         _require(hard or self.band_mask == "exact", "band_mask", "exact where band_edges move", self.band_mask)
 
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> FDConfig:
+        """Undo `to_dict`. What version 0.1 saved, which knew no `spectrum`, has the paper's."""
+        return cls(**{"spectrum": "paper", **saved})
+
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain JSON types; `FDConfig(**config.to_dict())` gives an equal config."""
+        """The settings as plain JSON types; `FDConfig.from_dict(config.to_dict())` gives an equal config."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "spectrum": ("isometric", "paper"),
     "norm": ("auto", "batch", "rms"),
     "global_activation": ("sigmoid", "tanh"),
     "kernel_activation": ("sigmoid", "tanh", "softmax"),

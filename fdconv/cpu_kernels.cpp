@@ -56,10 +56,16 @@ inline float exponential(float x) {
 
 inline float sigmoid(float z) { return 1.0f / (1.0f + exponential(-z)); }
 
+// Another factor, of the columns before `first` and from `last` on.
+struct Edges {
+    float factor;
+    Int first, last;
+};
+
 // Gives the highest number of a group, in place of which `groups - 1` is looked up where it is beyond.
 template <typename Group>
 std::uint32_t scale(const float* spectra, const Group* group, const float* tables, float* out, Int ratio, Int rows,
-                    Int columns, Int samples, Int groups, int threads) {
+                    Int columns, Int samples, Int groups, const Edges& edges, int threads) {
     const Int across = parts(columns, TILE_COLUMNS);
     const std::uint32_t last = static_cast<std::uint32_t>(groups - 1);
     std::uint32_t highest = 0;
@@ -82,10 +88,10 @@ std::uint32_t scale(const float* spectra, const Group* group, const float* table
         for (Int sample = 0; sample < samples; ++sample) {
             for (Int row = 0; row < height; ++row) {
                 const Int at = (top + row) * columns + left;
+                float* target = rows == 1 ? out + 2 * (sample * columns + left) : scaled[row];
                 for (Int share = 0; share < ratio; ++share) {
                     const float* table = tables + (sample * ratio + share) * groups;
                     const float* source = spectra + 2 * (share * rows * columns + at);
-                    float* target = rows == 1 ? out + 2 * (sample * columns + left) : scaled[row];
                     prefetch(source + 2 * TILE_COLUMNS, 2 * TILE_COLUMNS);
                     if (share == 0) {
 #pragma omp simd
@@ -103,6 +109,9 @@ std::uint32_t scale(const float* spectra, const Group* group, const float* table
                         }
                     }
                 }
+                for (Int i = 0; i < 2 * std::min(width, edges.first - left); ++i) target[i] *= edges.factor;
+                for (Int i = 2 * std::max(Int(0), std::max(edges.first, edges.last) - left); i < 2 * width; ++i)
+                    target[i] *= edges.factor;
             }
             if (rows == 1) continue;  // nothing need be turned over
             Pair* place = reinterpret_cast<Pair*>(out) + (sample * columns + left) * rows + top;
@@ -296,16 +305,17 @@ void scale_backward(const float* above, const float* spectra, const Group* group
 extern "C" {
 
 // Half spectra scaled by their groups' factors and summed over `ratio`: `(samples, columns, rows, 2)`.
-// Gives the highest number of a group, which should be below `groups`.
+// Gives the highest number of a group, which should be below `groups`. A column is scaled by the edges' factor once.
 // spectra (ratio, rows, columns, 2); group (rows, columns), of bytes or 32-bit integers; tables (samples, ratio,
 // groups).
 std::uint32_t fdconv_scale(const float* spectra, const void* group, int group_bytes, const float* tables, float* out,
-                           Int ratio, Int rows, Int columns, Int samples, Int groups, int threads) {
+                           Int ratio, Int rows, Int columns, Int samples, Int groups, const Edges* edges,
+                           int threads) {
     if (group_bytes == 1)
         return scale(spectra, static_cast<const std::uint8_t*>(group), tables, out, ratio, rows, columns, samples,
-                     groups, threads);
+                     groups, *edges, threads);
     return scale(spectra, static_cast<const std::int32_t*>(group), tables, out, ratio, rows, columns, samples, groups,
-                 threads);
+                 *edges, threads);
 }
 
 // Complex numbers `(samples, rows, columns)` to `(samples, columns, rows)`.

@@ -49,7 +49,7 @@ def _library() -> ctypes.CDLL:
     except OSError as error:
         raise CannotCompile(f"the compiled kernels cannot be loaded: {error}") from error
     pointer, number, switch = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.fdconv_scale.argtypes = [pointer, pointer, switch, pointer, pointer, *(number,) * 5, switch]
+    library.fdconv_scale.argtypes = [pointer, pointer, switch, pointer, pointer, *(number,) * 5, pointer, switch]
     library.fdconv_scale.restype = ctypes.c_uint32
     library.fdconv_transpose.argtypes = [pointer, pointer, number, number, number, switch]
     library.fdconv_modulate.argtypes = [pointer, pointer, pointer, switch]
@@ -119,13 +119,26 @@ def _cache_folder() -> Path:
 # Calls. All tensors are float32 and contiguous, but for the group, uint8 or int32.
 
 
-def scale(spectra: Tensor, group: Tensor, tables: Tensor, out: Tensor) -> None:
+class Edges(ctypes.Structure):
+    """A factor of the columns before `first` and from `last` on, as `Edges` in the C++."""
+
+    _fields_ = (("factor", ctypes.c_float), ("first", ctypes.c_int64), ("last", ctypes.c_int64))
+
+    @classmethod
+    def of(cls, shape: WeightShape, *, turned: bool) -> Edges:
+        """Those of half spectra, or of some that are given as one row, column after column."""
+        columns, of_column = shape.width // 2 + 1, shape.out_channels * shape.kernel_size[0] if turned else 1
+        return cls(shape.edge, of_column, (columns if shape.width % 2 else columns - 1) * of_column)
+
+
+def scale(spectra: Tensor, group: Tensor, tables: Tensor, edges: Edges, out: Tensor) -> None:
     """The spectra scaled by their groups' factors and summed.
 
     Args:
         spectra: `(r, D1, D2h, 2)`.
         group: `(D1, D2h)`.
         tables: `(B, r, n)`.
+        edges: another factor, of the edge columns.
         out: `(B, D2h, D1, 2)`, transposed.
 
     Raises:
@@ -133,7 +146,7 @@ def scale(spectra: Tensor, group: Tensor, tables: Tensor, out: Tensor) -> None:
     """
     highest = _library().fdconv_scale(
         *(spectra.data_ptr(), group.data_ptr(), group.element_size(), tables.data_ptr(), out.data_ptr()),
-        *(len(spectra), *group.shape, len(tables), tables.shape[2], torch.get_num_threads()),
+        *(len(spectra), *group.shape, len(tables), tables.shape[2], ctypes.byref(edges), torch.get_num_threads()),
     )
     if highest >= tables.shape[2]:
         raise IndexError(

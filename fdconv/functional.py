@@ -24,6 +24,7 @@ from .measured_choice import Fastest
 from .memory import explained
 from .modulation import Factors
 from .precision import autocast_is_on, without_autocast
+from .spectrum import column_factors
 from .strides import owned
 from .triton_tuning import power_of_2
 
@@ -151,9 +152,11 @@ def _triton_weights(
 ) -> Tensor:
     factors = Factors(*given)
     if factors.kernel is None:
-        scaled = spectra.sum(0, keepdim=True) * shape.scale
+        scaled = spectra.sum(0, keepdim=True) * column_factors(shape.width, shape.scale, shape.edge, spectra)
     else:
-        scaled = triton_kernels.scale_spectrum(spectra, frequency_group, factors.kernel, shape.scale)
+        scaled = triton_kernels.scale_spectrum(
+            spectra, frequency_group, factors.kernel, shape.scale, shape.edge, shape.width
+        )
     image = torch.fft.irfft2(torch.view_as_complex(scaled), s=(scaled.shape[1], shape.width))
     return triton_kernels.modulate(
         image.expand(factors.batch, -1, -1),

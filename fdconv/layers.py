@@ -26,10 +26,13 @@ from .lazy import LazyTensor, read_when_run, refuse_where_lost
 from .modulation import Factors, GlobalModulation, LocalModulation, ZeroInit
 from .precision import exact_dtype, fft_dtype, holds_no_values, without_autocast
 from .spectrum import (
+    EDGE,
+    column_factors,
     frequency_groups,
     group_dtype,
     image_to_spectra,
     image_to_weight,
+    isometric_scale,
     mended_groups,
     spectra_to_image,
     weight_to_image,
@@ -45,7 +48,9 @@ class FrequencyDynamic(nn.Module):
 
     State (official names): `dft_weight (r, D1, D2h, 2)`, the spectrum; `frequency_group (D1, D2h)`, the group of each
     coefficient, saved so that a checkpoint means the same everywhere; `bias`; `KSM_Global`, `KSM_Local`, `FBM`.
-    Of our own: `filter_scale (C_out,)`, a constant factor of each filter, where a norm was folded in; else None.
+    Of our own: `spectrum_scale (1,)`, the factor at which the weight comes out of an isometric spectrum, by which a
+    state dict tells it from the paper's, which has none; `filter_scale (C_out,)`, a constant factor of each filter,
+    where a norm was folded in; else None.
     """
 
     config: FDConfig
@@ -53,6 +58,7 @@ class FrequencyDynamic(nn.Module):
     dft_weight: nn.Parameter
     frequency_group: Tensor
     bias: nn.Parameter | None
+    spectrum_scale: Tensor | None
     filter_scale: Tensor | None
     KSM_Global: GlobalModulation | None
     KSM_Local: LocalModulation | None
@@ -67,9 +73,16 @@ class FrequencyDynamic(nn.Module):
         """Shape of the static twin's weight."""
         raise NotImplementedError
 
-    def _neutral_scale(self) -> float:
-        """Factor of the stored spectra at which the static weight comes out (`alpha` times the neutral attention)."""
+    def _paper_scale(self) -> float:
+        """Factor of the paper's spectra at which the static weight comes out (`alpha` times the neutral attention)."""
         raise NotImplementedError
+
+    def _scale(self) -> tuple[float, float]:
+        """Factor of the stored spectra at which the static weight comes out, and another one of their edge columns."""
+        if self.config.spectrum == "paper":
+            return self._paper_scale(), 1.0
+        out_channels, in_channels, k_h, k_w = self._kernel_shape()
+        return isometric_scale(out_channels * k_h, in_channels * k_w, self.config.param_ratio), EDGE
 
     def _kernel_shape(self) -> tuple[int, int, int, int]:
         """`(C_out, C_in/groups, k_h, k_w)`; a linear layer is a 1x1 convolution."""
@@ -84,6 +97,8 @@ class FrequencyDynamic(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         groups = torch.empty(half_spectrum, dtype=group_dtype(self.config.kernel_num), device=device)
         self.register_buffer("frequency_group", groups)
+        isometric = self.config.spectrum == "isometric"
+        self.register_buffer("spectrum_scale", torch.empty(1, device=device, dtype=dtype) if isometric else None)
         self.register_buffer("filter_scale", None)
         self._groups_seen = (0, 0)
 
@@ -205,7 +220,7 @@ class FrequencyDynamic(nn.Module):
     def _neutral_weight(self) -> Tensor:
         _, in_channels, k_h, k_w = self._kernel_shape()
         with without_autocast(self.dft_weight.device):
-            image = spectra_to_image(self._spectra(), self._neutral_scale(), in_channels * k_w)
+            image = spectra_to_image(self._spectra(), *self._scale(), in_channels * k_w)
             weight = image_to_weight(image, (k_h, k_w))
             if self.filter_scale is not None:
                 weight = weight * self.filter_scale.to(weight.dtype).view(-1, 1, 1, 1)
@@ -229,7 +244,8 @@ class FrequencyDynamic(nn.Module):
         # The transform runs once, so it can afford the precision that leaves the stored spectrum correctly rounded.
         exact = weight.detach().to(exact_dtype(weight.device))
         image = weight_to_image(exact.reshape(self._kernel_shape()))
-        spectra = image_to_spectra(image, self.config.param_ratio) / self._neutral_scale()
+        spectra = image_to_spectra(image, self.config.param_ratio)
+        spectra = spectra / column_factors(image.shape[1], *self._scale(), spectra)
         kept = spectra.to(dtype)
         if not holds_no_values(kept) and not kept.isfinite().all() and weight.isfinite().all():
             raise ValueError(
@@ -346,6 +362,10 @@ class FrequencyDynamic(nn.Module):
                 rest[-1].append(error)
                 return
         if f"{prefix}dft_weight" in state_dict:
+            error = self._expect_stored(state_dict, prefix)
+            if error is not None:
+                rest[-1].append(error)
+                return
             if f"{prefix}filter_scale" in state_dict:
                 self.expect_scale(bias=f"{prefix}bias" in state_dict)
             else:
@@ -363,6 +383,54 @@ class FrequencyDynamic(nn.Module):
         if isinstance(groups, Tensor) and groups.is_floating_point():  # an average of several, that of one number
             state_dict[f"{prefix}frequency_group"] = groups.round().to(self.frequency_group.dtype)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def factors_from_paper(self) -> dict[str, Tensor]:
+        """What to multiply the paper's numbers by to have those that this layer stores, where they differ.
+
+        Returns:
+            By the name within the layer, factors in float64 that broadcast to the tensor.
+        """
+        if self.config.spectrum == "paper":
+            return {}
+        _, in_channels, _, k_w = self._kernel_shape()
+        one = torch.ones((), dtype=torch.float64, device="cpu")
+        found = {"dft_weight": self._paper_scale() / column_factors(in_channels * k_w, *self._scale(), one)}
+        branches = {"KSM_Global": self.KSM_Global, "FBM": self.FBM}
+        for part, branch in branches.items():
+            for name, head in () if branch is None else branch.named_modules():
+                if branch is not None and isinstance(head, ZeroInit) and not name.startswith("edges"):
+                    found[f"{part}.{name}.weight"] = one / branch.speed
+        return found
+
+    @torch.no_grad()
+    def _expect_stored(self, state_dict: dict[str, Tensor], prefix: str) -> str | None:
+        """Put a state that is stored otherwise, isometrically or as in the paper, into this layer's form; why not.
+
+        What the authors' code and version 0.1 saved has the paper's form, and no `spectrum_scale`.
+        """
+        for mine, other in (("norm", "bn"), ("bn", "norm")):
+            branch = f"{prefix}KSM_Global."
+            if getattr(self.KSM_Global, mine, None) is not None and f"{branch}{other}.weight" in state_dict:
+                theirs = "batch" if other == "bn" else "rms"
+                return (
+                    f"{branch}{other}: the checkpoint's modulation has another norm than this layer: convert the model "
+                    f"with norm: {theirs}, by a recipe's `with` or convert(model, norm={theirs!r}), or load the "
+                    "checkpoint's own folder, which says so (fdsurgery.load)."
+                )
+        saved = f"{prefix}spectrum_scale" in state_dict
+        if saved == (self.spectrum_scale is not None) or self._is_prepared():
+            return None
+        if self.config.spectrum == "paper":
+            return (
+                f"{prefix}spectrum_scale: the checkpoint's spectrum is stored isometrically, and this layer's as in "
+                "the paper: convert the model with spectrum: isometric, the default."
+            )
+        for name, factor in self.factors_from_paper().items():
+            if (held := state_dict.get(prefix + name)) is not None and not held.is_meta:
+                state_dict[prefix + name] = (held.double() * factor.to(held.device)).to(held.dtype)
+        assert self.spectrum_scale is not None
+        state_dict[f"{prefix}spectrum_scale"] = torch.full_like(self.spectrum_scale, self._scale()[0])
+        return None
 
     @torch.no_grad()
     def _expect_plain(self, state_dict: dict[str, Tensor], prefix: str) -> str | None:
@@ -419,6 +487,8 @@ class FrequencyDynamic(nn.Module):
         out_channels, in_channels, k_h, k_w = self._kernel_shape()
         if not holds_no_values(self.frequency_group):  # there is nothing to fill, and the sort is what takes time
             self.frequency_group.copy_(frequency_groups(out_channels * k_h, in_channels * k_w, self.config.kernel_num))
+        if self.spectrum_scale is not None:
+            self.spectrum_scale.fill_(self._scale()[0])
         for module in self.modules():
             reset = getattr(module, "reset_parameters", None)
             if module is not self and callable(reset):
@@ -468,8 +538,8 @@ class FrequencyDynamic(nn.Module):
 
     def _weight_shape(self) -> WeightShape:
         out_channels, in_channels, k_h, k_w = self._kernel_shape()
-        scale, activation = self._neutral_scale(), self.config.local_activation
-        return WeightShape(out_channels, in_channels, (k_h, k_w), self.groups, scale, activation)
+        activation = self.config.local_activation
+        return WeightShape(out_channels, in_channels, (k_h, k_w), self.groups, *self._scale(), activation)
 
     def _factors(self, context: Tensor) -> Factors:
         modulated = self.KSM_Global is not None or self.KSM_Local is not None
@@ -560,7 +630,7 @@ class FDConv2d(FrequencyDynamic, nn.Conv2d):  # type: ignore[misc, override]  # 
     def _static_shape(self) -> tuple[int, ...]:
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
-    def _neutral_scale(self) -> float:
+    def _paper_scale(self) -> float:
         return max(1, min(self.in_channels, self.out_channels) // 2)
 
     def _context(self, x: Tensor) -> Tensor:
@@ -662,7 +732,7 @@ class FDLinear(FrequencyDynamic, nn.modules.linear.NonDynamicallyQuantizableLine
     def _static_shape(self) -> tuple[int, ...]:
         return (self.out_features, self.in_features)
 
-    def _neutral_scale(self) -> float:
+    def _paper_scale(self) -> float:
         # alpha is m*r and the neutral attention 1, or 1/r where a softmax shares n among r*n groups.
         ratio = 1 if self.config.kernel_activation == "softmax" else self.config.param_ratio
         return max(1, min(self.in_features, self.out_features) // 2) * ratio

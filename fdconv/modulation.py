@@ -20,6 +20,10 @@ from torch.nn import functional as F
 
 from .config import FDConfig
 
+SLOW_HEADS = 16
+"""Width of the bottleneck from which on its heads' inputs are scaled by its inverse: the more inputs a logit has, the
+further a step of Adam moves it."""
+
 
 class Factors(NamedTuple):
     """What modulates the weights of a batch; None where a layer has no such branch. All neutral at 1, or logit 0."""
@@ -177,6 +181,7 @@ class GlobalModulation(nn.Module):
         super().__init__()
         self.config = config
         width = max(int(in_channels * config.reduction), config.min_attention_channels)
+        self.speed = 1.0 if config.spectrum == "paper" else min(1.0, SLOW_HEADS / width)
         groups = config.kernel_num * config.param_ratio
         tail = () if linear else (1, 1)
 
@@ -184,7 +189,7 @@ class GlobalModulation(nn.Module):
             return ZeroInit(out, width, *tail, device=device, dtype=dtype)
 
         self.fc = Squeeze(width, in_channels, *tail, device=device, dtype=dtype)
-        use_rms = config.norm == "rms" or (config.norm == "auto" and linear)
+        use_rms = config.norm == "rms" or (config.norm == "auto" and (linear or config.spectrum == "isometric"))
         self.norm = nn.RMSNorm(width, eps=1e-6, device=device, dtype=dtype) if use_rms else None
         self.bn: nn.Module | None = None if use_rms else ContextBatchNorm(width, device=device, dtype=dtype)
         self.relu = nn.ReLU() if linear else StarReLU(device=device, dtype=dtype)
@@ -203,6 +208,8 @@ class GlobalModulation(nn.Module):
         if self.norm is not None:
             hidden = F.rms_norm(hidden, hidden.shape[1:], self.norm.weight.to(hidden.dtype), self.norm.eps)
         hidden = self.relu(hidden)
+        if self.speed != 1.0:
+            hidden = hidden * self.speed
 
         def factor(head: ZeroInit | None) -> Tensor | None:
             return None if head is None else gate(_linear(head, hidden), config.global_activation, config.temperature)

@@ -13,6 +13,9 @@ from .layers import FDConv2d, FDLinear
 from .spectrum import group_dtype, groups_from_order
 
 # Without padding_mode: the official layer takes it and pads with zeros all the same.
+OURS = "spectrum_scale"
+"""The tensor that tells an isometric spectrum, which official layers do not have."""
+
 _CONV_GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "bias")
 _LINEAR_GEOMETRY = ("in_features", "out_features", "bias")
 
@@ -48,10 +51,28 @@ def load_layer(
     layer = layer_class(**geometry, dtype=state["dft_weight"].dtype, config=settings)
     layer.frequency_group.copy_(_groups(layer, group_index))
     try:
-        layer.load_state_dict({**state, "frequency_group": layer.frequency_group})
+        layer.load_state_dict({**state, "frequency_group": layer.frequency_group})  # which puts it into our form
     except RuntimeError as error:
         raise ValueError(f"the state does not fit the config: {error}") from None
     return layer.eval()
+
+
+def official_state(layer: FDConv2d | FDLinear) -> dict[str, Tensor]:
+    """The state dict of the official layer that computes what a layer does: undoes `load_layer`.
+
+    It is that of the layer without what is ours alone (`frequency_group` and `spectrum_scale`), in the paper's scales.
+
+    Raises:
+        ValueError: the authors' code has no such layer.
+    """
+    obstacle = public_obstacle(layer) or public_setting_obstacle(layer)
+    if obstacle is not None:
+        raise ValueError(f"{type(layer).__name__}{layer._static_shape()} is no official layer: {obstacle}")
+    factors = layer.factors_from_paper()
+    state = {name: value for name, value in layer.state_dict().items() if name not in ("frequency_group", OURS)}
+    for name, factor in factors.items():
+        state[name] = (state[name].double() / factor.to(state[name].device)).to(state[name].dtype)
+    return state
 
 
 def _settings(config: dict[str, Any]) -> FDConfig:
@@ -82,6 +103,7 @@ def _settings(config: dict[str, Any]) -> FDConfig:
         param_ratio=config.get("param_ratio", 1),
         reduction=config.get("reduction", 1 / 16),
         ksm_local=config.get("use_ksm_local", True),
+        norm="rms" if config["kind"] == "FDLinear" else "batch",
         global_activation="sigmoid" if activation == "softmax" else activation,
         kernel_activation=activation,
         local_activation=config.get("ksm_local_act", "sigmoid"),
@@ -135,7 +157,7 @@ def public_setting_obstacle(layer: FDConv2d | FDLinear) -> str | None:
     gates = (config.global_activation, config.kernel_activation)
     refused = {
         "ksm_global": not config.ksm_global,
-        "norm": config.norm not in ("auto", "rms" if linear else "batch"),
+        "norm": layer.KSM_Global is not None and (layer.KSM_Global.norm is None) == linear,
         "kernel_activation": gates not in (("sigmoid", "sigmoid"), ("tanh", "tanh"), ("sigmoid", "softmax")),
         "min_attention_channels": layer.KSM_Global is not None and layer.KSM_Global.fc.weight.shape[0] < 16,
         "band_edges": layer.FBM is not None and config.band_edges != "fixed",
@@ -143,7 +165,8 @@ def public_setting_obstacle(layer: FDConv2d | FDLinear) -> str | None:
     }
     for name, is_refused in refused.items():
         if is_refused:
-            return f"its {name} is {getattr(config, name)!r}, which the public layer does not have"
+            shown = ("batch" if linear else "rms") if name == "norm" else getattr(config, name)
+            return f"its {name} is {shown!r}, which the public layer does not have"
     return None
 
 

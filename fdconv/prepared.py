@@ -69,6 +69,7 @@ class PreparedModulation(nn.Module):
         heads = torch.cat([head.weight.flatten(1).to(dtype) / heat for head, heat in parts.values()])
         heads_bias = torch.cat([head.bias.to(dtype) / heat for head, heat in parts.values() if head.bias is not None])
         self.squared = isinstance(branch.relu, StarReLU)
+        heads = heads * branch.speed
         if isinstance(branch.relu, StarReLU):
             heads_bias = heads_bias + heads.sum(1) * branch.relu.bias.to(dtype)
             heads = heads * branch.relu.scale.to(dtype)

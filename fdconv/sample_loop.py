@@ -25,6 +25,7 @@ from .composite import (
 )
 from .cpu import is_plain, wants_operations
 from .modulation import Factors
+from .spectrum import column_factors
 from .strides import owned
 from .torch_steps import spectra_scale
 
@@ -166,9 +167,8 @@ def _backward(
     """Gradients of all tensors that `_SampleLoop` takes."""
     source = steps.source(spectra, group, factors, shape)
     # The adjoint of the inverse transform of a half spectrum counts what stands for two coefficients twice.
-    counts = spectra.new_ones(spectra.shape[2:])
-    counts[1 : (shape.width + 1) // 2] = 2
-    counts *= spectra_scale(factors, shape) / (spectra.shape[1] * shape.width)
+    scale = spectra_scale(factors, shape) / (spectra.shape[1] * shape.width)
+    counts = column_factors(shape.width, 2 * scale, shape.edge / 2, spectra)
     counted = (spectra * counts).contiguous()
     to_x = []
     to_spectra = torch.zeros_like(spectra, memory_format=torch.contiguous_format)

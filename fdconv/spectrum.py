@@ -2,12 +2,17 @@
 
 Shapes: `D1 = C_out*k_h`, `D2 = (C_in/groups)*k_w`, `D2h = D2//2 + 1`; `n` groups, `r` spectra (`param_ratio`).
 Source: FDConv (arXiv 2503.18783), section 3.2.
+
+What is stored is an isometric spectrum: the weight is `irfft2(scale * e * sum of the spectra)`, with the `scale` of
+`isometric_scale` and `e` of `column_factors`. As a map `J` from the stored numbers to the weight it satisfies
+`J J^T = 1`, so that SGD on them, momentum and decay included, moves the weight exactly as SGD on the weight does, and
+Adam moves it by as much. (Columns 0 and `D2/2` of a half spectrum stand for one frequency, all others for two.)
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from math import gcd
+from math import gcd, sqrt
 from typing import Any
 
 import torch
@@ -28,6 +33,26 @@ def image_to_weight(image: Tensor, kernel_size: tuple[int, int]) -> Tensor:
     batch, d1, d2 = image.shape
     k_h, k_w = kernel_size
     return image.view(batch, d1 // k_h, k_h, d2 // k_w, k_w).permute(0, 1, 3, 2, 4)
+
+
+EDGE = sqrt(2)
+"""Factor of the edge columns of an isometric spectrum, in which one number moves one frequency, and not two."""
+
+
+def isometric_scale(d1: int, d2: int, ratio: int) -> float:
+    """The factor at which the weight image `(d1, d2)` comes out of `ratio` isometric spectra."""
+    return sqrt(d1 * d2 / (2 * ratio))
+
+
+def edge_columns(width: int, device: torch.device) -> Tensor:
+    """Which columns of a half spectrum stand for one frequency, `(D2h,)`: 0, and `D2/2` of an even width `D2`."""
+    column = torch.arange(width // 2 + 1, dtype=torch.int64, device=device)
+    return (column == 0) | (2 * column == width)
+
+
+def column_factors(width: int, scale: float, edge: float, like: Tensor) -> Tensor:
+    """`scale` for each column of a half spectrum, and `scale*edge` for its edges: `(D2h, 1)`, of the kind of `like`."""
+    return (scale + scale * (edge - 1) * edge_columns(width, like.device).to(like.dtype)).unsqueeze(1)
 
 
 def frequency_groups(d1: int, d2: int, kernel_num: int) -> Tensor:
@@ -114,17 +139,18 @@ def image_to_spectra(image: Tensor, ratio: int) -> Tensor:
     return spectrum * share.to(spectrum.device, spectrum.dtype).unsqueeze(-1)
 
 
-def spectra_to_image(spectra: Tensor, scale: float, width: int) -> Tensor:
+def spectra_to_image(spectra: Tensor, scale: float, edge: float, width: int) -> Tensor:
     """Sum the spectra `(r, D1, D2h, 2)`, float32 or float64, scale them and transform back.
 
     Args:
         scale: factor of them all.
+        edge: another one, of their edge columns.
         width: `D2`; the half spectrum alone does not tell an odd width from an even one.
 
     Returns:
         The weight image `(1, D1, D2)`.
     """
-    summed = spectra.sum(0, keepdim=True) * scale
+    summed = spectra.sum(0, keepdim=True) * column_factors(width, scale, edge, spectra)
     if torch.onnx.is_in_onnx_export():
         return real_image(planes(summed, width), width)
     spectrum = torch.view_as_complex(summed.contiguous())

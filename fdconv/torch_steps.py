@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .composite import WeightShape, channel_windows
+from .composite import WeightShape, channel_windows, edge_entries
 from .cpu import blocks, buffer
 from .modulation import Factors
+from .spectrum import column_factors
 
 
 class Source(NamedTuple):
@@ -23,23 +24,32 @@ class Source(NamedTuple):
     """`(r, D1, D2h, 2)`."""
     group: Tensor
     """`(D1, D2h)`, int32."""
+    tables: Tensor | None
+    """`(b, r, entries)`, the scaled factors of the groups: see `fdconv.composite.edge_entries`."""
+    entries: Tensor
+    """`(D1, D2h)`, int32, which of them each coefficient has."""
     factors: Factors
     shape: WeightShape
 
     def of(self, samples: slice) -> Source:
         """What those of some of the samples are made of."""
-        return self._replace(factors=self.factors.of(samples))
+        tables = None if self.tables is None else self.tables[samples]
+        return self._replace(tables=tables, factors=self.factors.of(samples))
 
 
 def source(spectra: Tensor, group: Tensor, factors: Factors, shape: WeightShape) -> Source:
     """What the weights of all samples are made of."""
-    return Source(spectra, group.int(), factors, shape)
+    if factors.kernel is None:
+        return Source(spectra, group.int(), None, group, factors, shape)
+    scaled = factors.kernel.unflatten(1, (len(spectra), -1)) * spectra_scale(factors, shape)
+    tables, entries = edge_entries(scaled, group, shape)
+    return Source(spectra, group.int(), tables, entries, factors, shape)
 
 
 def images(source: Source) -> Tensor:
     """The weights of a chunk before they are modulated in space, `(b, C_out, k_h, k_w, C_in/groups)`, a view."""
-    spectra, group, factors, shape = source
-    scaled = torch.view_as_complex(_scaled(spectra, group, factors.kernel, spectra_scale(factors, shape)))
+    factors, shape = source.factors, source.shape
+    scaled = torch.view_as_complex(_scaled(source))
     image = torch.fft.irfft2(scaled, s=(scaled.shape[1], shape.width))
     k_h, k_w = shape.kernel_size
     image = image.view(-1, shape.out_channels, k_h, shape.in_channels, k_w).transpose(-1, -2)
@@ -51,16 +61,17 @@ def spectra_scale(factors: Factors, shape: WeightShape) -> float:
     return shape.scale if factors.context is None else 2 * shape.scale
 
 
-def _scaled(spectra: Tensor, group: Tensor, kernel: Tensor | None, scale: float) -> Tensor:
+def _scaled(source: Source) -> Tensor:
     """The spectra scaled group by group, summed over `r`: `(b, D1, D2h, 2)`."""
+    spectra, tables, shape = source.spectra, source.tables, source.shape
     ratio, *axes = spectra.shape
-    if kernel is None:
-        return spectra.sum(0, keepdim=True) * scale
-    scaled = buffer("scaled", (len(kernel), *axes), spectra.dtype)
-    tables = (kernel * scale).unflatten(1, (ratio, -1))
-    for samples, rows in blocks(len(kernel), axes[0], math.prod(axes[1:])):
+    if tables is None:
+        factors = column_factors(shape.width, spectra_scale(source.factors, shape), shape.edge, spectra)
+        return spectra.sum(0, keepdim=True) * factors
+    scaled = buffer("scaled", (len(tables), *axes), spectra.dtype)
+    for samples, rows in blocks(len(tables), axes[0], math.prod(axes[1:])):
         for position in range(ratio):
-            gain = _gain(tables[samples, position], group[rows])
+            gain = _gain(tables[samples, position], source.entries[rows])
             if position == 0:
                 torch.mul(gain, spectra[0, rows], out=scaled[samples, rows])
             else:
@@ -69,7 +80,7 @@ def _scaled(spectra: Tensor, group: Tensor, kernel: Tensor | None, scale: float)
 
 
 def _gain(table: Tensor, group: Tensor) -> Tensor:
-    """The factor of each real and imaginary part, `(b, rows, D2h, 2)`, from those of the groups, `(b, n)`."""
+    """The factor of each real and imaginary part, `(b, rows, D2h, 2)`, from those of the groups, `(b, entries)`."""
     # Looked up as pairs: half the look-ups, and no factor that broadcasts along an axis of two.
     pairs = torch.complex(table, table)
     found = buffer("gain", (len(table), group.numel()), pairs.dtype)
@@ -80,7 +91,7 @@ def _gain(table: Tensor, group: Tensor) -> Tensor:
 
 def weights(source: Source, images: Tensor) -> Tensor:
     """The weights of a chunk, `(b, C_out, C_in/groups, k_h, k_w)`, in a buffer that the next chunk writes to."""
-    _, _, factors, shape = source
+    factors, shape = source.factors, source.shape
     made = buffer("weights", (len(images), shape.out_channels, shape.in_channels, *shape.kernel_size), images.dtype)
     local, vectors = _Local.of(factors, shape), _Vectors.of(factors, shape)
     for samples, channels in _channel_blocks(len(images), shape):
@@ -191,7 +202,7 @@ def modulation_backward(
 
     What goes to the short filters, which are the layer's, is added to `to_taps`.
     """
-    _, _, factors, shape = source
+    factors, shape = source.factors, source.shape
     k_h, k_w = shape.kernel_size
     batch = len(grads)
     to_images = buffer("to images", (batch, shape.out_channels, k_h, shape.in_channels, k_w), grads.dtype)
@@ -266,8 +277,7 @@ def spectrum_backward(source: Source, to_images: Tensor, counted: Tensor, to_spe
 
     `counted` are the spectra times their `counts`.
     """
-    _, group, factors, shape = source
-    kernel = factors.kernel
+    group, kernel, shape = source.group, source.factors.kernel, source.shape
     if kernel is None:
         to_images = to_images.sum(0, keepdim=True)
     rows = shape.out_channels * shape.kernel_size[0]

@@ -59,7 +59,9 @@ def _blocks(size: int, block: int) -> int:
 # Spectrum ------------------------------------------------------------------------------------------------------------
 
 
-def scale_spectrum(spectra: Tensor, frequency_group: Tensor, kernel: Tensor, scale: float) -> Tensor:
+def scale_spectrum(
+    spectra: Tensor, frequency_group: Tensor, kernel: Tensor, scale: float, edge: float, width: int
+) -> Tensor:
     """Scale every sample's spectra group by group and sum them: the spectra of the weight images.
 
     Args:
@@ -67,16 +69,23 @@ def scale_spectrum(spectra: Tensor, frequency_group: Tensor, kernel: Tensor, sca
         frequency_group: `(D1, D2h)`, uint8 or int32, below `n`.
         kernel: `(B, r*n)`, float32, the factors of the groups.
         scale: factor of everything.
+        edge: another one, of the edge columns: see `fdconv.spectrum`.
+        width: `D2`.
 
     Returns:
-        `(B, D1, D2h, 2)`, float32: the sum over `i` of `spectra[i] * kernel[b, i*n + group] * scale`.
+        `(B, D1, D2h, 2)`, float32: the sum over `i` of `spectra[i] * kernel[b, i*n + group] * scale`, times `edge`.
     """
-    return torch.ops.fdconv.scale_spectrum(spectra, frequency_group, kernel, scale)
+    return torch.ops.fdconv.scale_spectrum(spectra, frequency_group, kernel, scale, edge, width)
 
 
 def _fit_scale(candidate: Candidate, arguments: dict[str, Any]) -> Candidate:
     block = min(candidate["elements"] // arguments["R_BLOCK"], power_of_2(arguments["size"]))
     return {"BLOCK": max(1, block), "num_warps": candidate["num_warps"]}
+
+
+@_jit
+def _column_scale(column, nyquist, scale, edge):  # type: ignore[no-untyped-def]
+    return tl.where((column == 0) | (column == nyquist), scale * edge, scale)
 
 
 @tuned(
@@ -99,6 +108,9 @@ def _scale_kernel(  # type: ignore[no-untyped-def]
     samples,
     group_count,
     scale,
+    edge,
+    columns,
+    nyquist,
     about_samples,
     R: tl.constexpr,
     R_BLOCK: tl.constexpr,
@@ -110,7 +122,8 @@ def _scale_kernel(  # type: ignore[no-untyped-def]
     share = tl.arange(0, R_BLOCK)[:, None]
     mask = (share < R) & inside[None, :]
     number = tl.load(group + element // 2, mask=inside, other=0).to(tl.int32)
-    value = tl.load(spectra + share.to(tl.int64) * size + element[None, :], mask=mask, other=0.0) * scale
+    value = tl.load(spectra + share.to(tl.int64) * size + element[None, :], mask=mask, other=0.0)
+    value *= _column_scale(element // 2 % columns, nyquist, scale, edge)[None, :]
     index = share * group_count + number[None, :]
     samples_each = (samples + tl.num_programs(1) - 1) // tl.num_programs(1)
     first = tl.program_id(1) * samples_each
@@ -137,6 +150,8 @@ def _scale_backward_kernel(  # type: ignore[no-untyped-def]
     samples_each,
     group_count,
     scale,
+    edge,
+    nyquist,
     R: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -155,7 +170,8 @@ def _scale_backward_kernel(  # type: ignore[no-untyped-def]
     number = tl.load(group + row * (columns // 2) + column // 2, mask=inside, other=0).to(tl.int32)
     lowest = tl.min(tl.min(tl.where(inside, number, group_count), axis=1), axis=0)
     highest = tl.max(tl.max(tl.where(inside, number, -1), axis=1), axis=0)
-    value = tl.load(spectra + share.to(tl.int64) * size + offset, mask=inside, other=0.0) * scale
+    factor = _column_scale(column // 2, nyquist, scale, edge)
+    value = tl.load(spectra + share.to(tl.int64) * size + offset, mask=inside, other=0.0) * factor
     total = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
     first = (chunk * samples_each).to(tl.int64)
     grad += first * size
@@ -171,7 +187,7 @@ def _scale_backward_kernel(  # type: ignore[no-untyped-def]
         grad += size
         kernel += R * group_count
         grad_kernel += R * group_count
-    tl.store(grad_spectra + (chunk.to(tl.int64) * R + share) * size + offset, total * scale, mask=inside)
+    tl.store(grad_spectra + (chunk.to(tl.int64) * R + share) * size + offset, total * factor, mask=inside)
 
 
 def _samples_each(samples: int, blocks: int) -> int:
@@ -179,7 +195,14 @@ def _samples_each(samples: int, blocks: int) -> int:
     return _blocks(samples, min(samples, _blocks(PROGRAMS, blocks)))
 
 
-def _scale_spectrum(spectra: Tensor, frequency_group: Tensor, kernel: Tensor, scale: float) -> Tensor:
+def _nyquist(width: int) -> int:
+    """The column of the highest frequency, which an odd width does not have."""
+    return -1 if width % 2 else width // 2
+
+
+def _scale_spectrum(
+    spectra: Tensor, frequency_group: Tensor, kernel: Tensor, scale: float, edge: float, width: int
+) -> Tensor:
     spectra, frequency_group, kernel = spectra.contiguous(), frequency_group.contiguous(), kernel.contiguous()
     ratio, d1, d2_half, _ = spectra.shape
     samples, size = len(kernel), d1 * d2_half * 2
@@ -201,6 +224,9 @@ def _scale_spectrum(spectra: Tensor, frequency_group: Tensor, kernel: Tensor, sc
             samples,
             kernel.shape[1] // ratio,
             scale,
+            edge,
+            d2_half,
+            _nyquist(width),
             power_of_2(samples),
             R=ratio,
             R_BLOCK=power_of_2(ratio),
@@ -208,12 +234,14 @@ def _scale_spectrum(spectra: Tensor, frequency_group: Tensor, kernel: Tensor, sc
     return out
 
 
-def _scale_spectrum_fake(spectra: Tensor, frequency_group: Tensor, kernel: Tensor, scale: float) -> Tensor:
+def _scale_spectrum_fake(
+    spectra: Tensor, frequency_group: Tensor, kernel: Tensor, scale: float, edge: float, width: int
+) -> Tensor:
     return spectra.new_empty((kernel.shape[0], *spectra.shape[1:]))
 
 
 def _scale_spectrum_backward(
-    grad: Tensor, spectra: Tensor, frequency_group: Tensor, kernel: Tensor, scale: float
+    grad: Tensor, spectra: Tensor, frequency_group: Tensor, kernel: Tensor, scale: float, edge: float, width: int
 ) -> tuple[Tensor, Tensor]:
     grad, spectra = grad.contiguous(), spectra.contiguous()
     frequency_group, kernel = frequency_group.contiguous(), kernel.contiguous()
@@ -241,6 +269,8 @@ def _scale_spectrum_backward(
             each,
             kernel.shape[1] // ratio,
             scale,
+            edge,
+            _nyquist(width),
             R=ratio,
             ROWS=rows,
             COLUMNS=columns,
@@ -249,22 +279,22 @@ def _scale_spectrum_backward(
 
 
 def _scale_spectrum_backward_fake(
-    grad: Tensor, spectra: Tensor, frequency_group: Tensor, kernel: Tensor, scale: float
+    grad: Tensor, spectra: Tensor, frequency_group: Tensor, kernel: Tensor, scale: float, edge: float, width: int
 ) -> tuple[Tensor, Tensor]:
     return spectra.new_empty(spectra.shape), kernel.new_empty(kernel.shape)
 
 
 def _scale_spectrum_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.scale = inputs
+    *tensors, ctx.scale, ctx.edge, ctx.width = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _scale_spectrum_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     spectra, frequency_group, kernel = ctx.saved_tensors
     grad_spectra, grad_kernel = torch.ops.fdconv.scale_spectrum_backward(
-        grad, spectra, frequency_group, kernel, ctx.scale
+        grad, spectra, frequency_group, kernel, ctx.scale, ctx.edge, ctx.width
     )
-    return grad_spectra, None, grad_kernel, None
+    return grad_spectra, None, grad_kernel, None, None, None
 
 
 # Modulation ----------------------------------------------------------------------------------------------------------
@@ -879,7 +909,7 @@ def _register(name: str, schema: str, function: Any, fake: Any, setup: Any = Non
         operator.register_autograd(backward, setup_context=setup)
 
 
-_SCALE = "Tensor spectra, Tensor frequency_group, Tensor kernel, float scale"
+_SCALE = "Tensor spectra, Tensor frequency_group, Tensor kernel, float scale, float edge, int width"
 _MODULATE = (
     "Tensor image, Tensor? context, Tensor? filters, Tensor? channel, Tensor? filter_, Tensor? spatial, "
     "int k_h, int k_w, int groups, str activation"

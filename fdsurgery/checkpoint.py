@@ -385,7 +385,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
         for entry in description["layers"].values():
             if not isinstance(entry["operator"], str) or not isinstance(entry["settings"], dict):
                 raise CheckpointError("an operator is a name, and its settings are a mapping")
-            get_operator(entry["operator"]).settings(entry["settings"])
+            entry["settings"] = get_operator(entry["operator"]).saved_settings(entry["settings"])
         folded = description.get("folded", [])
         if not isinstance(folded, list) or not all(isinstance(fqn, str) for fqn in folded):
             raise CheckpointError("'folded' must be a list of names")

@@ -63,6 +63,13 @@ class Decision:
         return self.operator is not None
 
 
+def _as_saved(decision: Decision) -> Decision:
+    """A decision that was read, with all the settings that it meant when it was saved."""
+    if decision.operator is None:
+        return decision
+    return replace(decision, settings=get_operator(decision.operator).saved_settings(decision.settings))
+
+
 @dataclass(frozen=True)
 class Plan:
     """The decision for every site of a model. Printable, comparable, and savable as plain JSON types."""
@@ -156,15 +163,13 @@ class Plan:
             # As JSON, in which a list may stand for a tuple while all else keeps its type.
             text = json.dumps({name: data[name] for name in known if name in data})
             plan = TypeAdapter(Plan).validate_json(text, strict=True)
-            for decision in plan.swaps:
-                get_operator(str(decision.operator)).settings(decision.settings)
+            return replace(plan, decisions=tuple(map(_as_saved, plan.decisions)))
         except ValidationError as error:
             fault = error.errors()[0]
             place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in fault["loc"])
             raise PlanError(f"the plan is damaged: {place.removeprefix('.')}: {fault['msg']}") from None
         except (TypeError, ValueError, RecursionError) as error:
             raise PlanError(f"the plan is damaged: {error}") from None
-        return plan
 
     def summary(self) -> str:
         """One line: how much is swapped, by which recipe, at what cost."""

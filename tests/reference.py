@@ -87,18 +87,19 @@ def fdconv2d_reference(
     training: bool = False,
 ) -> np.ndarray:
     """Output of `FDConv2d` for a batch `(B, C, H, W)`. `geometry`: the arguments of `nn.Conv2d`, by name."""
-    p = {name: _array(tensor) for name, tensor in state.items()}
     c_in, c_out = geometry["in_channels"], geometry["out_channels"]
     k_h, k_w = _pair(geometry["kernel_size"])
     groups = geometry.get("groups", 1)
     c_group = c_in // groups
+    p = _as_in_the_paper(state, config, (c_out * k_h, c_group * k_w), max(1, min(c_in, c_out) // 2))
     maps = _array(x)
     batch = maps.shape[0]
     context = maps.mean(axis=(2, 3))
 
     hidden = None
     if config.ksm_global:
-        hidden = _hidden(p, context, "rms" if config.norm == "rms" else "batch", training)
+        auto = "batch" if config.spectrum == "paper" else "rms"
+        hidden = _hidden(p, context, auto if config.norm == "auto" else config.norm, training)
         hidden = p["KSM_Global.relu.scale"] * np.maximum(hidden, 0) ** 2 + p["KSM_Global.relu.bias"]
     channel = filter_ = spatial = None
     if hidden is not None:
@@ -151,11 +152,12 @@ def fdlinear_reference(
     state: Mapping[str, torch.Tensor], config: FDConfig, x: torch.Tensor, training: bool = False
 ) -> np.ndarray:
     """Output of `FDLinear` for `(B, ..., C)`."""
-    p = {name: _array(tensor) for name, tensor in state.items()}
     data = _array(x)
     batch, c_in = data.shape[0], data.shape[-1]
     r, n = config.param_ratio, config.kernel_num
-    c_out = p["dft_weight"].shape[1]
+    c_out = state["dft_weight"].shape[1]
+    neutral = max(1, min(c_in, c_out) // 2) * (1 if config.kernel_activation == "softmax" else r)
+    p = _as_in_the_paper(state, config, (c_out, c_in), neutral)
     context = data.reshape(batch, -1, c_in).mean(axis=1)
     channel, filter_ = np.ones((batch, c_in)), np.ones((batch, c_out))
     z = np.zeros((batch, r * n))
@@ -178,6 +180,28 @@ def fdlinear_reference(
         y = data[b] @ weight.T
         outputs.append(y + p["bias"] if "bias" in p else y)
     return np.stack(outputs)
+
+
+def _as_in_the_paper(
+    state: Mapping[str, torch.Tensor], config: FDConfig, size: tuple[int, int], neutral: float
+) -> dict[str, np.ndarray]:
+    """A layer's numbers as the paper has them. `neutral`: factor of its spectrum at which the static weight comes out.
+
+    The isometric ones are `rfft2(W)/(c*w_v)`, `c = sqrt(D1*D2/2)`, `w_v = sqrt(2)` where a column stands for one
+    frequency; of `r` spectra each is `sqrt(r)` times as large. Logits of more inputs than usual have smaller weights.
+    """
+    p = {name: _array(tensor) for name, tensor in state.items()}
+    if config.spectrum == "paper":
+        return p
+    d1, d2 = size
+    columns = np.array([2**0.5 if v == 0 or 2 * v == d2 else 1.0 for v in range(d2 // 2 + 1)])
+    p["dft_weight"] = p["dft_weight"] * ((d1 * d2 / 2 / config.param_ratio) ** 0.5 / neutral * columns)[:, None]
+    for name, values in p.items():
+        if name.endswith("_fc.weight"):
+            p[name] = values * min(1.0, 16 / values.shape[1])
+        elif name.startswith("FBM.freq") and name.endswith("weight"):
+            p[name] = values * min(1.0, 32 / values.shape[1])
+    return p
 
 
 def _array(values: Any) -> np.ndarray:

@@ -9,6 +9,7 @@ import math
 import pickle
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -107,9 +108,10 @@ def test_names_and_shapes_are_the_official_ones() -> None:
     conv = {
         "dft_weight": (2, 96, 16, 2),
         "frequency_group": (96, 16),
+        "spectrum_scale": (1,),
         "bias": (32,),
         "KSM_Global.fc.weight": (16, 10, 1, 1),
-        **{f"KSM_Global.bn.{name}": shape for name, shape in norm.items()},
+        "KSM_Global.norm.weight": (16,),
         "KSM_Global.relu.scale": (1,),
         "KSM_Global.relu.bias": (1,),
         **_heads({"channel": 10, "filter": 32, "spatial": 9, "kernel": 14}, 16, 1, 1),
@@ -121,9 +123,11 @@ def test_names_and_shapes_are_the_official_ones() -> None:
     }
     assert shapes(FDConv2d(10, 32, 3, config=FDConfig(kernel_num=7, param_ratio=2))) == conv
 
-    rms = FDConv2d(10, 32, 3, config=FDConfig(kernel_num=7, param_ratio=2, norm="rms"))
-    assert set(conv) - set(shapes(rms)) == {f"KSM_Global.bn.{name}" for name in norm}
-    assert shapes(rms)["KSM_Global.norm.weight"] == (16,)
+    batch = shapes(FDConv2d(10, 32, 3, config=FDConfig(kernel_num=7, param_ratio=2, norm="batch")))
+    assert set(conv) - set(batch) == {"KSM_Global.norm.weight"}
+    assert {name: batch[f"KSM_Global.bn.{name}"] for name in norm} == norm
+    paper = FDConv2d(10, 32, 3, config=FDConfig(kernel_num=7, param_ratio=2, spectrum="paper"))
+    assert set(batch) - set(shapes(paper)) == {"spectrum_scale"}
 
     depthwise = shapes(FDConv2d(32, 32, 3, groups=32, bias=False))
     assert depthwise["dft_weight"] == (1, 96, 2, 2)
@@ -135,6 +139,7 @@ def test_names_and_shapes_are_the_official_ones() -> None:
     assert shapes(FDLinear(512, 40)) == {
         "dft_weight": (1, 40, 257, 2),
         "frequency_group": (40, 257),
+        "spectrum_scale": (1,),
         "bias": (40,),
         "KSM_Global.fc.weight": (32, 512),
         "KSM_Global.norm.weight": (32,),
@@ -710,9 +715,10 @@ def test_exports_for_any_batch_and_size(kind: str) -> None:
 
 
 def test_running_statistics_follow_in_low_precision() -> None:
-    layer, x = make("conv")
+    config = replace(SMALL, norm="batch")
+    layer, x = make("conv", config)
     layer.train()(x)
-    half, _ = make("conv")
+    half, _ = make("conv", config)
     half.half().train()(x.half())
     for name in ("running_mean", "running_var"):
         low, full = getattr(half.KSM_Global.bn, name), getattr(layer.KSM_Global.bn, name)

@@ -152,7 +152,7 @@ def test_conv_in_training(norm: str, batch: int) -> None:
 
 @pytest.mark.parametrize("momentum", [0.1, 0.3, None])
 def test_running_statistics_are_those_of_batch_norm(momentum: float | None) -> None:
-    layer = randomise_(FDConv2d(4, 3, 1, dtype=torch.float64, config=FDConfig(kernel_num=4)), 1).train()
+    layer = randomise_(FDConv2d(4, 3, 1, dtype=torch.float64, config=FDConfig(kernel_num=4, norm="batch")), 1).train()
     norm = nn.BatchNorm1d(16, dtype=torch.float64)
     norm.load_state_dict({k.removeprefix("KSM_Global.bn."): v for k, v in layer.state_dict().items() if ".bn." in k})
     if momentum != norm.momentum:  # else the layer's default

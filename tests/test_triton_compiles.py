@@ -59,8 +59,8 @@ def scale(ratio: int, group_dtype: torch.dtype, d1: int = 96, d2: int = 94, batc
 
     spectra, group = meta(ratio, d1, d2 // 2 + 1, 2), meta(d1, d2 // 2 + 1, dtype=group_dtype)
     kernel = meta(batch, ratio * 64)
-    triton_kernels._scale_spectrum(spectra, group, kernel, 1.0)
-    triton_kernels._scale_spectrum_backward(meta(batch, *spectra.shape[1:]), spectra, group, kernel, 1.0)
+    triton_kernels._scale_spectrum(spectra, group, kernel, 1.0, 1.4, d2)
+    triton_kernels._scale_spectrum_backward(meta(batch, *spectra.shape[1:]), spectra, group, kernel, 1.0, 1.4, d2)
 
 
 def modulate(

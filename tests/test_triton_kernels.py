@@ -31,7 +31,7 @@ def _skip_where_numpy_is_too_new() -> None:
     """The interpreter of older Triton turns arrays of one element into numbers, which NumPy 2.4 no longer does."""
     one = torch.ones(1, 1, 1, 2)
     try:
-        triton_kernels.scale_spectrum(one, one[0, ..., 0].byte() - 1, one[0, 0, :, :1], 1.0)
+        triton_kernels.scale_spectrum(one, one[0, ..., 0].byte() - 1, one[0, 0, :, :1], 1.0, 1.5, 1)
     except Exception as error:
         if "only 0-dimensional arrays can be converted to Python scalars" not in str(error):
             raise
@@ -95,17 +95,18 @@ layouts = pytest.mark.parametrize("layout", [shifted, transposed])
 # Spectrum ------------------------------------------------------------------------------------------------------------
 
 
-def scale_twin(spectra: Tensor, group: Tensor, kernel: Tensor, scale: float) -> Tensor:
+def scale_twin(spectra: Tensor, group: Tensor, kernel: Tensor, scale: float, edge: float, width: int) -> Tensor:
     factor = kernel.unflatten(1, (len(spectra), -1))[:, :, group.long()]
-    return torch.einsum("rijk,brij->bijk", spectra, factor) * scale
+    columns = torch.tensor([scale * edge if 2 * v in (0, width) else scale for v in range(width // 2 + 1)])
+    return torch.einsum("rijk,brij->bijk", spectra, factor) * columns.to(spectra.device, spectra.dtype)[:, None]
 
 
 def check_scale(d1: int, d2: int, ratio: int, kernel_num: int, batch: int, dtype: torch.dtype | None = None) -> None:
     group = frequency_groups(d1, d2, kernel_num).to(DEVICE, dtype or group_dtype(kernel_num))
     inputs: Tensors = [draw(ratio, d1, d2 // 2 + 1, 2), draw(batch, ratio * kernel_num)]
     check(
-        lambda spectra, kernel: triton_kernels.scale_spectrum(spectra, group, kernel, 1.5),
-        lambda spectra, kernel: scale_twin(spectra, group, kernel, 1.5),
+        lambda spectra, kernel: triton_kernels.scale_spectrum(spectra, group, kernel, 1.5, 1.3, d2),
+        lambda spectra, kernel: scale_twin(spectra, group, kernel, 1.5, 1.3, d2),
         inputs,
         grad_tolerance=1e-5,
     )
@@ -131,8 +132,8 @@ def test_scale_any_group_map() -> None:
     """The groups need not be rings: a map drawn at random, that leaves groups out too."""
     group = torch.randint(2, 7, (18, 40), dtype=torch.uint8, device=DEVICE)
     check(
-        lambda spectra, kernel: triton_kernels.scale_spectrum(spectra, group, kernel, 0.5),
-        lambda spectra, kernel: scale_twin(spectra, group, kernel, 0.5),
+        lambda spectra, kernel: triton_kernels.scale_spectrum(spectra, group, kernel, 0.5, 1.0, 78),
+        lambda spectra, kernel: scale_twin(spectra, group, kernel, 0.5, 1.0, 78),
         [draw(1, 18, 40, 2), draw(2, 9)],
         grad_tolerance=1e-5,
     )
@@ -148,8 +149,8 @@ def test_scale_programs_with_several_samples(programs: int, monkeypatch: pytest.
 def test_scale_layouts(layout: Any) -> None:
     group = frequency_groups(7, 10, 4).to(DEVICE)
     check(
-        lambda spectra, kernel: triton_kernels.scale_spectrum(spectra, layout(group), kernel, 1.0),
-        lambda spectra, kernel: scale_twin(spectra, group, kernel, 1.0),
+        lambda spectra, kernel: triton_kernels.scale_spectrum(spectra, layout(group), kernel, 1.0, 0.7, 11),
+        lambda spectra, kernel: scale_twin(spectra, group, kernel, 1.0, 0.7, 11),
         [layout(draw(2, 7, 6, 2)), layout(draw(3, 8))],
         grad_tolerance=1e-5,
     )
@@ -319,7 +320,7 @@ def test_both_make_a_layers_weight(ratio: int, groups: int) -> None:
     norm = layer.KSM_Local.norm
     context = F.layer_norm(context, (10,), norm.weight, norm.bias, norm.eps)
     spectrum = triton_kernels.scale_spectrum(
-        layer.dft_weight.float().to(DEVICE), layer.frequency_group.to(DEVICE), kernel, layer._neutral_scale()
+        layer.dft_weight.float().to(DEVICE), layer.frequency_group.to(DEVICE), kernel, *layer._scale(), 10 // groups * 2
     )
     weight = triton_kernels.modulate(
         torch.fft.irfft2(torch.view_as_complex(spectrum), s=(18, 10 // groups * 2)),
@@ -607,7 +608,7 @@ def test_a_measurement_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
 def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """One call of every registered operator."""
     ops = torch.ops.fdconv
-    scale = (draw(2, 7, 6, 2), frequency_groups(7, 10, 4).to(DEVICE), draw(3, 8), 1.5)
+    scale = (draw(2, 7, 6, 2), frequency_groups(7, 10, 4).to(DEVICE), draw(3, 8), 1.5, 1.3, 10)
     image = modulate_inputs(2, 6, 4, (3, 2), 2, 3)
     some = [image[0], None, None, image[3], None, image[5]]
     grad = torch.randn(2, 4, 3, 3, 2, device=DEVICE)
@@ -666,7 +667,7 @@ def test_compiles_in_one_graph() -> None:
     inputs = modulate_inputs(2, 6, 4, (3, 3), 2, 3)[1:]
 
     def function(spectra: Tensor, kernel: Tensor, x: Tensor, *factors: Tensor) -> Tensor:
-        spectrum = triton_kernels.scale_spectrum(spectra, group, kernel, 1.0)
+        spectrum = triton_kernels.scale_spectrum(spectra, group, kernel, 1.0, 1.3, 9)
         image = torch.fft.irfft2(torch.view_as_complex(spectrum), s=(12, 9))
         weight = triton_kernels.modulate(
             image, *factors, kernel_size=(3, 3), groups=2, activation="sigmoid", dtype=torch.float32

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fdconv import FDConv2d, FDLinear
+from fdconv.official import OURS
 
 from ..checkpoint import DESCRIPTION, FORMAT, METADATA, WEIGHTS
 from ..errors import CheckpointError, SurgeryError, near_misses
@@ -90,6 +91,16 @@ class Asked:
     to: Form
     recipe: str | Path | Recipe
     overrides: dict[str, Any]
+
+    def check_spectrum(self, layer: str, settings: dict[str, Any], leaves: Mapping[str, Stored]) -> None:
+        """Raise `CheckpointError` if a layer's spectrum is not stored as its settings say."""
+        stored = "isometric" if OURS in leaves else "paper"
+        told = self.overrides.get("spectrum", settings["spectrum"])
+        if told != stored:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: the spectrum of {layer!r} is stored with spectrum: {stored}, and the "
+                f"settings say {told!r}; take {'--set spectrum' if 'spectrum' in self.overrides else 'it'} away"
+            )
 
 
 @dataclass(frozen=True)
@@ -216,6 +227,8 @@ def _dynamic_layers(asked: Asked, model: nn.Module, found: Recognised) -> tuple[
             if (settings := described.get(fqn)) is None:
                 settings = settings_of(module, leaves, official=asked.form == "official")
                 guessed.append(fqn)
+            if asked.form == "ours":
+                asked.check_spectrum(inner, settings, leaves)
             operator = get_operator(FDConvOperator.name)
             settings = operator.settings({**settings, **asked.overrides})
             try:
@@ -288,7 +301,7 @@ def _settings_by_layer(path: Path, content: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(layers, dict) or not all(isinstance(entry, dict) for entry in layers.values()):
         raise CheckpointError(f"{path} is damaged: it has no layers")
     try:
-        return {fqn: get_operator(entry["operator"]).settings(entry["settings"]) for fqn, entry in layers.items()}
+        return {fqn: get_operator(entry["operator"]).saved_settings(entry["settings"]) for fqn, entry in layers.items()}
     except (KeyError, TypeError, AttributeError, SurgeryError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
 
@@ -302,6 +315,9 @@ def settings_of(layer: nn.Conv2d | nn.Linear, leaves: Mapping[str, Stored], *, o
         official: True for the authors' layers, whose band masks are `interpolated`.
     """
     settings: dict[str, Any] = {"band_mask": "interpolated"} if official else {}
+    # Official layers are put into our form as they are read; what version 0.1 saved stays in theirs.
+    isometric = official or OURS in leaves
+    settings["spectrum"] = "isometric" if isometric else "paper"
     if not any(leaf.startswith(_MODULATION) for leaf in leaves):
         return settings
     in_channels = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
@@ -315,7 +331,8 @@ def settings_of(layer: nn.Conv2d | nn.Linear, leaves: Mapping[str, Stored], *, o
         if width != max(in_channels // 16, 16):
             settings |= {"reduction": (width + 0.5) / in_channels, "min_attention_channels": 1}
         normed = "rms" if "KSM_Global.norm.weight" in leaves else "batch"
-        settings["norm"] = "auto" if (normed == "rms") == isinstance(layer, nn.Linear) else normed
+        usual = "rms" if isometric or isinstance(layer, nn.Linear) else "batch"
+        settings["norm"] = "auto" if normed == usual else normed
     if isinstance(layer, nn.Conv2d):
         settings["ksm_local"] = "KSM_Local.conv.weight" in leaves
         maps = [one for leaf, one in leaves.items() if leaf.startswith("FBM.") and leaf.endswith(".weight")]
@@ -411,7 +428,7 @@ def _starts_anew(fit: Fit, name: str) -> bool:
         return leaf == "num_batches_tracked"
     if fit.asked.form != "official":
         return False
-    if leaf == "frequency_group":
+    if leaf in ("frequency_group", OURS):
         return True
     inner = fit.found.layer(fqn)
     modulated = any(

@@ -6,16 +6,23 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fdconv import FDConv2d, FDLinear
-from fdconv.official import divides_evenly, public_arguments, public_groups, public_obstacle, public_setting_obstacle
+from fdconv.official import (
+    OURS,
+    divides_evenly,
+    public_arguments,
+    public_groups,
+    public_obstacle,
+    public_setting_obstacle,
+)
 
 from ..checkpoint import DESCRIPTION, FORMAT
 from ..errors import CheckpointError, DiscoveryError, SurgeryError, near_misses
@@ -59,6 +66,26 @@ class Copy:
 
 
 @dataclass(frozen=True)
+class Rescale:
+    """A tensor that is multiplied on the way, for one side stores it isometrically and the other as in the paper."""
+
+    output: Output
+    piece: Piece
+    factor: Tensor = field(repr=False)
+    """Float64, broadcasts to the tensor."""
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """That of this step."""
+        return (self.output,)
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """That of this step."""
+        return (self.piece,)
+
+
+@dataclass(frozen=True)
 class Build:
     """A dynamic layer made on the way, and those of its tensors that are written."""
 
@@ -78,7 +105,7 @@ class Build:
         return tuple(self.made.values())
 
 
-Step = Copy | Build
+Step = Copy | Rescale | Build
 
 
 @dataclass(frozen=True)
@@ -217,6 +244,8 @@ def plan_checkpoint(
         raise CheckpointError(f"{source} is no {form} checkpoint: it {has} tensors called dft_weight")
     target: Form = "official" if to == "official" else "ours"
     asked = Asked(checkpoint, destination, form, target, recipe, settings or {})
+    if (form, target) == ("plain", "official"):  # to be what the authors' layers are
+        asked = replace(asked, overrides={"spectrum": "paper", **asked.overrides})
     if model is None and source.is_dir() and (source / "config.json").is_file():
         model = f"hf:{source}"
     if model is not None:
@@ -366,7 +395,7 @@ def _own_steps(fit: Fit, layers: dict[str, Layer]) -> Iterator[Step]:
                 begun.add(fqn)
                 yield _build_step(fit, layers[fqn], fqn, fqn, tuple(layers[fqn].state()))
         elif (piece := fit.pieces.get(name)) is not None:
-            yield Copy(_output(name, fit, piece, shape), (piece,))
+            yield _restored(fit, layers[fqn], name[len(fqn) + 1 :], _output(name, fit, piece, shape), piece)
         elif fqn not in begun and f"{fqn}.dft_weight" in fit.pieces:
             begun.add(fqn)
             leaves = [leaf for leaf in layers[fqn].state() if f"{fqn}.{leaf}" not in fit.pieces]
@@ -380,9 +409,15 @@ def _official_steps(fit: Fit, layers: dict[str, Layer]) -> Iterator[Step]:
         if (piece := fit.pieces.get(f"{fqn}.weight")) is not None and fit.asked.form == "plain":
             spectra[piece.tensor] = _build_step(fit, layer, fqn, f"{_official_layer(fit, fqn)}", ("dft_weight",))
     if fit.keeps_names:
+        dynamic = {fit.found.layer(fqn): layer for fqn, layer in layers.items() if fit.asked.form == "ours"}
         for name, stored in fit.asked.checkpoint.tensors.items():
             whole = Piece(name, 0, stored.nbytes)
-            yield spectra.get(name) or Copy(Output(name, stored.code, stored.shape, stored.nbytes), (whole,))
+            output = Output(name, stored.code, stored.shape, stored.nbytes)
+            owner = next((inner for inner in _ancestors(name) if inner in dynamic), None)
+            if owner is None:
+                yield spectra.get(name) or Copy(output, (whole,))
+            elif not name.endswith(f".{OURS}"):
+                yield _restored(fit, dynamic[owner], name[len(owner) + 1 :], output, whole)
         return
     fused: dict[str, list[tuple[int, Piece]]] = {}
     for name, piece in fit.pieces.items():
@@ -392,7 +427,9 @@ def _official_steps(fit: Fit, layers: dict[str, Layer]) -> Iterator[Step]:
             continue
         owner = next((fqn for fqn in _ancestors(name) if fqn in layers), None)
         if owner is not None:
-            yield Copy(_output(f"{_official_layer(fit, owner)}{name[len(owner) :]}", fit, piece, shape), (piece,))
+            output = _output(f"{_official_layer(fit, owner)}{name[len(owner) :]}", fit, piece, shape)
+            if not name.endswith(f".{OURS}"):
+                yield _restored(fit, layers[owner], name[len(owner) + 1 :], output, piece)
             continue
         foreign = _target(fit).table[name]
         parts = fused.setdefault(foreign.name, [])
@@ -402,6 +439,14 @@ def _official_steps(fit: Fit, layers: dict[str, Layer]) -> Iterator[Step]:
             shape = (*squeezed(shape), *foreign.tail) if foreign.tail else shape
             ordered = tuple(piece for _, piece in sorted(parts, key=lambda part: part[0]))
             yield Copy(_output(foreign.name, fit, piece, shape, foreign.parts), ordered)
+
+
+def _restored(fit: Fit, layer: Layer, leaf: str, output: Output, piece: Piece) -> Step:
+    """A tensor of a dynamic layer in the form that the result has."""
+    factor = None if fit.asked.form == fit.asked.to else layer.dynamic.factors_from_paper().get(leaf)
+    if factor is None:
+        return Copy(output, (piece,))
+    return Rescale(output, piece, factor if fit.asked.to == "ours" else 1 / factor)
 
 
 def _ancestors(name: str) -> Iterator[str]:
@@ -434,7 +479,7 @@ def _files(asked: Asked, steps: list[Step]) -> tuple[OutputFile, ...]:
     by_shard: dict[int, list[Step]] = {}
     last = 0
     for step in steps:
-        read = step.pieces if isinstance(step, Copy) else tuple(step.inputs.values())
+        read = tuple(step.inputs.values()) if isinstance(step, Build) else step.pieces
         last = asked.checkpoint.shard_index(read[0].tensor) if read else last
         by_shard.setdefault(last, []).append(step)
     if len(by_shard) == 1:

@@ -29,7 +29,7 @@ from ..errors import CheckpointError
 from ..operators import get_operator
 from ..operators.fdconv import FDConvOperator
 from .files import DTYPES, INDEX, Checkpoint, bytes_of
-from .planning import RECORD, Build, CheckpointPlan, Copy, Output, OutputFile, Step
+from .planning import RECORD, Build, CheckpointPlan, Copy, Output, OutputFile, Rescale, Step
 
 OnBytes = Callable[[int], None]
 _STAMP = "stamp"
@@ -206,9 +206,20 @@ def _produced(step: Step, checkpoint: Checkpoint) -> Iterator[tuple[Output, int,
                 yield step.output, at, chunk
                 at += len(chunk)
         return
+    if isinstance(step, Rescale):
+        yield step.output, 0, bytes_of(_rescaled(step, checkpoint))
+        return
     state = _built(step, checkpoint).state_dict()
     for leaf, output in step.made.items():
         yield output, 0, bytes_of(state[leaf])
+
+
+def _rescaled(step: Rescale, checkpoint: Checkpoint) -> Tensor:
+    """The tensor of a step, in memory."""
+    value = checkpoint.read(step.piece.tensor).flatten()
+    size = value.element_size()
+    value = value[step.piece.start // size : step.piece.stop // size].view(step.output.shape)
+    return (value.double() * step.factor).to(value.dtype)
 
 
 def _built(step: Build, checkpoint: Checkpoint) -> nn.Module:

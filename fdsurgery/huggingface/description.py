@@ -312,7 +312,7 @@ def _group_from_dict(data: dict[str, Any]) -> LayerGroup:
     if not isinstance(data["operator"], str) or not isinstance(data["settings"], dict):
         raise TypeError("an operator is a name, and its settings are a mapping")
     operator = get_operator(data["operator"])
-    return LayerGroup(operator.name, operator.settings(data["settings"]), shapes)
+    return LayerGroup(operator.name, operator.saved_settings(data["settings"]), shapes)
 
 
 def _weight_shape(layer: nn.Module) -> list[int]:

@@ -19,6 +19,9 @@ class Operator(Protocol):
     def settings(self, values: dict[str, Any]) -> dict[str, Any]:
         """`values` completed with the defaults, as plain JSON types. Raises `RecipeError` for what is not a setting."""
 
+    def saved_settings(self, values: dict[str, Any]) -> dict[str, Any]:
+        """As `settings`, of what an earlier version may have saved, which means what it meant there."""
+
     def refusal(self, site: Site, settings: dict[str, Any]) -> str | None:
         """Why this operator cannot take the site, in words; None if it can."""
 
