@@ -2,8 +2,8 @@
 
     python -m benchmarks.movement [--steps N] [--lr LR] [--output STEM]
 
-A 3x3 layer of `C` channels in and 16 out learns to give targets drawn at random, from inputs of that deviation: normal
-ones, or half-normal ones as behind a ReLU, which push all weights of a logit the same way. For each kind of gate the
+A 3x3 layer of `C` channels in and 16 out learns to give targets drawn at random, from normal inputs of that deviation,
+or from these behind a ReLU, where the weights of a logit are all pushed the same way. For each kind of gate the
 table has the mean `|gate - 1|` after one step, and the most after all. `paper` is the parametrisation of the authors'
 code, `isometric` ours. Writes `benchmarks/results/movement.json` and `.md`, or others of that stem.
 """
@@ -62,7 +62,7 @@ def gates(layer: FDConv2d, x: Tensor) -> dict[str, Tensor]:
 def drawn(inputs: str, deviation: float, channels: int) -> Tensor:
     """A batch of inputs of that deviation."""
     x = torch.randn(2, channels, 12, 12)
-    return deviation * (x if inputs == "normal" else x.abs() / (1 - 2 / torch.pi) ** 0.5)
+    return deviation * (x if inputs == "normal" else F.relu(x))
 
 
 def movement(spectrum: str, channels: int, inputs: str, deviation: float, steps: int, lr: float) -> Movement:
@@ -115,7 +115,7 @@ def main() -> None:
     found = [
         movement(spectrum, channels, inputs, deviation, options.steps, options.lr)
         for spectrum in ("paper", "isometric")
-        for inputs in ("normal", "half-normal")
+        for inputs in ("normal", "rectified")
         for deviation in DEVIATIONS
         for channels in WIDTHS
     ]

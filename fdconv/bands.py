@@ -24,7 +24,7 @@ from .strides import contiguous
 
 T = TypeVar("T")
 
-SLOW_MAPS = 32
+SLOW_MAPS = 48
 """Channels from which on the weights of the maps' logits are scaled by the inverse of their number: the more inputs a
 logit has, the further a step of Adam moves it."""
 

@@ -200,7 +200,7 @@ def _as_in_the_paper(
         if name.endswith("_fc.weight"):
             p[name] = values * min(1.0, 16 / values.shape[1])
         elif name.startswith("FBM.freq") and name.endswith("weight"):
-            p[name] = values * min(1.0, 32 / values.shape[1])
+            p[name] = values * min(1.0, 48 / values.shape[1])
     return p
 
 
