@@ -139,7 +139,7 @@ def test_a_model_in_training_gives_one_in_evaluation() -> None:
 
 
 def test_synchronised_norms_are_prepared() -> None:
-    layer = stir(FDConv2d(8, 8, 3)).eval()
+    layer = stir(FDConv2d(8, 8, 3, config=FDConfig(norm="batch"))).eval()
     x = torch.randn(2, 8, 6, 6)
     expected = layer(x)
     layer = nn.SyncBatchNorm.convert_sync_batchnorm(layer)
