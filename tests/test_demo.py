@@ -91,14 +91,16 @@ def test_both_learn(demo: Any, tmp_path: Path) -> None:
     assert min(result["static"][40], result["converted"][40]) > 0.5
 
 
+@pytest.mark.parametrize("channels", [4, 96])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
-def test_band_maps_are_the_factors_that_the_layer_uses(groups: int, activation: str) -> None:
+def test_band_maps_are_the_factors_that_the_layer_uses(channels: int, groups: int, activation: str) -> None:
     """Rebuilt from the maps and low-passes of the input, in the paper's own sum, is what the layer's FBM gives."""
     from fdconv.bands import low_passes
 
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 2, 1)).double()
+    middle = nn.Conv2d(channels, channels, 3, padding=1)
+    model = nn.Sequential(nn.Conv2d(3, channels, 1), middle, nn.Conv2d(channels, 2, 1)).double()
     x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
     settings = {"band_groups": groups, "band_activation": activation}
     fdsurgery.convert(model, "generic", example_inputs=x, **settings)
@@ -116,7 +118,7 @@ def test_band_maps_are_the_factors_that_the_layer_uses(groups: int, activation: 
     bands = [high - next_ for high, next_ in zip([inputs, *low[:-1]], low, strict=True)]
     expected = low[-1]
     for index, band in enumerate(bands):
-        expected = expected + maps["1"][:, :, index].repeat_interleave(4 // groups, 1) * band
+        expected = expected + maps["1"][:, :, index].repeat_interleave(channels // groups, 1) * band
     torch.testing.assert_close(layer.FBM(inputs), expected)
 
 

@@ -506,7 +506,7 @@ def test_what_trainers_own_optimizer_decays(tmp_path: Path) -> None:
     }
     within = {name for layer in dynamic(model) for name in ours[False] & decayed if name.startswith(f"{layer}.")}
     assert set() < (ours[False] & decayed) - within <= batch_norms
-    assert {name.partition("KSM_Global.")[2] for name in within} == {"bn.weight", "relu.scale"}
+    assert {name.partition("KSM_Global.")[2] for name in within} == {"relu.scale"}
 
 
 # accelerate ----------------------------------------------------------------------------------------------------------

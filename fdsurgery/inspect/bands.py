@@ -28,10 +28,9 @@ def band_maps(model: nn.Module, *inputs: Any) -> dict[str, Tensor]:
 
     def look(name: str, layer: FDConv2d, x: Tensor) -> None:
         assert layer.FBM is not None
-        convs: Any = layer.FBM.freq_weight_conv_list
         groups = layer.config.band_groups
-        logits = torch.stack([F.conv2d(x, conv.weight, conv.bias, padding=1, groups=groups) for conv in convs], dim=-1)
-        found[name] = gate(logits, layer.config.band_activation).movedim(-1, 2)
+        logits = F.conv2d(x, *layer.FBM.logits_of(), padding=1, groups=groups).unflatten(1, (groups, -1))
+        found[name] = gate(logits.movedim(2, -1), layer.config.band_activation).movedim(-1, 2)
 
     layers = {name: one for name, one in model.named_modules() if isinstance(one, FDConv2d) and one.FBM is not None}
     hooks = [
