@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -206,3 +208,41 @@ def test_the_squeeze_is_drawn_at_a_size_that_does_not_matter() -> None:
     with torch.no_grad():
         layer.KSM_Global.fc.weight.mul_(math.sqrt(7))
     torch.testing.assert_close(layer(x), before, rtol=1e-3, atol=1e-4)
+
+
+# What was saved before spectra were isometric ------------------------------------------------------------------------
+
+
+def test_a_folder_of_version_0_1_has_the_papers_scales(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 64, 64)
+    model = fdsurgery.convert(fdsurgery.settle_(timm.create_model("test_resnet"), x), spectrum="paper", kernel_num=8)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    fdsurgery.save(model.eval(), tmp_path / "old")
+    file = tmp_path / "old" / "fdsurgery.json"
+    description = json.loads(file.read_text())
+    for entry in description["layers"].values():
+        assert entry["settings"].pop("spectrum") == "paper"
+    file.write_text(json.dumps(description))
+    loaded = fdsurgery.load(tmp_path / "old")
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+    assert {layer.config.spectrum for layer in loaded.modules() if isinstance(layer, FDConv2d)} == {"paper"}
+
+
+@layers
+def test_a_state_dict_in_the_papers_scales_is_rescaled(make: Any) -> None:
+    plain = make()
+    old = randomise_(dynamic(plain, spectrum="paper", norm="rms", reduction=8.0), seed=1).eval()
+    new = dynamic(plain, reduction=8.0).eval()
+    new.load_state_dict(old.state_dict())
+    x = batch(plain)
+    torch.testing.assert_close(new(x), old(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match="stored isometrically, and this layer's as in the paper"):
+        old.load_state_dict(new.state_dict())
+
+
+def test_another_norm_is_told() -> None:
+    old, new = FDConv2d(24, 8, 3, config=FDConfig(spectrum="paper")), FDConv2d(24, 8, 3)
+    with pytest.raises(RuntimeError, match="another norm than this layer: convert the model with norm: batch"):
+        new.load_state_dict(old.state_dict(), strict=False)
