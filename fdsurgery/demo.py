@@ -281,7 +281,7 @@ def _draw_scenes(figure: Any, static: Run, converted: Run, scenes: Scenes) -> No
 
 def _overlay(image: Tensor, ink: Tensor, named: Tensor) -> Tensor:
     """What was found, missed and found where nothing is, in colours over the pale grey picture, `(S, S, 3)`."""
-    found, missed, wrong = torch.tensor([*COLOURS.values()])
+    found, missed, wrong = torch.tensor([*COLOURS.values()], dtype=torch.float32, device="cpu")
     picture = (0.5 + 0.4 * image.mean(0))[..., None].repeat(1, 1, 3)
     for where, colour in ((ink & named, found), (ink & ~named, missed), (named & ~ink, wrong)):
         picture[where] = colour
@@ -293,7 +293,7 @@ def _scene(material: Material, photograph: Tensor, side: int, random: np.random.
     top, left = (int(random.integers(0, size - side + 1)) for size in photograph.shape[1:])
     image = photograph[:, top : top + side, left : left + side].clone()
     image = image.flip(2) if random.random() < 0.5 else image
-    mask = torch.zeros(side, side, dtype=torch.int64)
+    mask = torch.zeros(side, side, dtype=torch.int64, device="cpu")
     for row, column in np.ndindex(side // CELL, side // CELL):
         if random.random() < 0.5:
             continue
@@ -317,7 +317,7 @@ def _photograph(name: str) -> Tensor:
         pixels = load_sample_image(f"{name}.jpg")
     else:
         pixels = data.stereo_motorcycle()[0] if name == "motorcycle" else getattr(data, name)()
-    image = torch.tensor(np.atleast_3d(pixels)).movedim(-1, 0).expand(3, -1, -1).float() / 255
+    image = torch.from_numpy(np.array(np.atleast_3d(pixels))).movedim(-1, 0).expand(3, -1, -1).float() / 255
     size = [3 * TEST_SIDE * length // min(image.shape[1:]) for length in image.shape[1:]]
     return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
 

@@ -78,10 +78,12 @@ def test_restore_undoes_a_conversion(case: Case) -> None:
 
 
 def test_the_papers_policy_on_resnet50() -> None:
-    plan = fdsurgery.plan(timm.create_model("resnet50"))
+    model = timm.create_model("resnet50")
+    plan = fdsurgery.plan(model, norm="batch")
     assert plan.recipe == "resnet"
     assert len(plan.swaps) == 48
     assert plan.parameters_added == 3_647_120
+    assert fdsurgery.plan(model).parameters_added == 3_645_680  # a norm has no bias
 
 
 def test_an_unknown_model_is_converted_by_generic() -> None:

@@ -142,7 +142,7 @@ def test_a_bad_sample_spoils_no_other_where_the_norms_do_not(bad: float) -> None
 def test_a_bad_sample_does_to_the_batch_norm_what_it_does_to_torchs(bad: float) -> None:
     context = torch.randn(5, 16)
     context[2, 3] = bad
-    layer = FDConv2d(16, 16, 3, padding=1, config=FDConfig(kernel_num=8))
+    layer = FDConv2d(16, 16, 3, padding=1, config=FDConfig(kernel_num=8, norm="batch"))
     ours, theirs = layer.KSM_Global.bn, nn.BatchNorm1d(layer.KSM_Global.bn.num_features)
     x = nn.functional.linear(context, layer.KSM_Global.fc.weight.flatten(1))
     torch.testing.assert_close(ours(x), theirs(x), equal_nan=True)

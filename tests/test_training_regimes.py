@@ -59,6 +59,13 @@ def made(kind: str) -> tuple[nn.Module, Tensor]:
     return randomised(build()), torch.randn(shape)
 
 
+def with_batch_norm() -> tuple[nn.Module, Tensor]:
+    """As `made`, each time the same."""
+    torch.manual_seed(0)
+    layer = FDConv2d(24, 40, 3, padding=1, config=FDConfig(kernel_num=8, norm="batch"))
+    return randomised(layer), torch.randn(5, 24, 9, 11)
+
+
 def network(norm: str = "auto") -> tuple[nn.Module, Tensor]:
     """Layers of either kind with static ones between them, all far from neutral, and an input."""
     config = FDConfig(kernel_num=8, norm=norm)  # type: ignore[arg-type]
@@ -288,7 +295,7 @@ def test_many_groups_can_be_sent_to_other_processes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("training", [False, True])
 def test_synchronised_batch_norm_takes_the_place_of_the_own_one(dtype: torch.dtype, training: bool) -> None:
-    layer, x = made("3x3")
+    layer, x = with_batch_norm()
     layer, x = layer.to(dtype).train(training), x.to(dtype)
     expected = results(copied := copy.deepcopy(layer), copied, x)
     layer = nn.SyncBatchNorm.convert_sync_batchnorm(layer)
@@ -322,7 +329,8 @@ def _sharded(rank: int) -> dict[str, Results]:
     return found
 
 
-SHARDED = {"as it comes": 1e-10, "by rows": 1e-10, "bfloat16": SLACK * torch.finfo(torch.bfloat16).eps}
+SHARDED = {"as it comes": 1e-10, "by rows": 1e-10, "bfloat16": 3 * SLACK * torch.finfo(torch.bfloat16).eps}
+"""Gradients of the modulation's scalars are sums that nearly cancel."""
 
 
 def test_sharded_gradients_are_those_of_one_process(tmp_path: Path) -> None:
@@ -483,12 +491,12 @@ def _train_elsewhere(_: int, layer: nn.Module, x: Tensor, y: Tensor) -> None:
 
 
 def test_a_layer_in_shared_memory_is_one_layer() -> None:
-    layer, x = made("3x3")
+    layer, x = with_batch_norm()
     layer.eval().share_memory()
     before, y = layer(x).detach(), torch.zeros(5, 40, 9, 11).share_memory_()
     torch.multiprocessing.spawn(_train_elsewhere, (layer, x, y))
     assert_near({"y": y}, {"y": before}, 1e-6)
-    assert_near({"y": layer(x)}, {"y": _trained(made("3x3")[0].eval())(x)}, 1e-6)
+    assert_near({"y": layer(x)}, {"y": _trained(with_batch_norm()[0].eval())(x)}, 1e-6)
 
 
 def layouts(x: Tensor) -> Results:
@@ -526,7 +534,7 @@ def test_averaged_models_average_the_spectrum() -> None:
     """And leave the frequency groups alone; the weight being linear in the spectrum, it is averaged as well."""
     static = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 4))
     x, decay = torch.randn(4, 3, 8, 8), 0.9
-    model = randomised(fdsurgery.convert(static, "generic", example_inputs=x, kernel_num=8))
+    model = randomised(fdsurgery.convert(static, "generic", example_inputs=x, kernel_num=8, norm="batch"))
     (layer,) = (module for module in model.modules() if isinstance(module, FDConv2d))
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
     average.update_parameters(model)

@@ -471,7 +471,7 @@ def test_a_whole_network_takes_a_plain_checkpoint_over() -> None:
 def test_a_spectrum_that_float16_cannot_hold_is_refused() -> None:
     linear = nn.Linear(64, 64).half()
     with torch.no_grad():
-        linear.weight.fill_(600)  # a sum of 64*64*600 over 32
+        linear.weight.fill_(6000)  # a sum of 64*64*6000 over 64
     with pytest.raises(ValueError, match=r"float16 holds numbers up to 6\.55e\+04.*float32 or bfloat16"):
         FDLinear.from_linear(linear)
     layer = FDLinear.from_linear(linear.bfloat16())
