@@ -104,11 +104,10 @@ def edge_entries(tables: Tensor, frequency_group: Tensor, shape: WeightShape) ->
         The tables, and the entry of every coefficient, `(D1, D2h)`, int32: to be taken by `index_select`, which takes
         no uint8 (and indexing would read uint8 as a mask).
     """
-    entries = frequency_group.int()
     if shape.edge == 1:
-        return tables, entries
-    behind = edge_columns(shape.width, entries.device).int() * tables.shape[-1]
-    return torch.cat([tables, tables * shape.edge], -1), entries + behind
+        return tables, frequency_group.int()
+    behind = edge_columns(shape.width, frequency_group.device).int() * tables.shape[-1]
+    return torch.cat([tables, tables * shape.edge], -1), frequency_group + behind  # of which int32 is the wider type
 
 
 def _scaled_planes(spectra: Tensor, frequency_group: Tensor, kernel: Tensor | None, shape: WeightShape) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import inf
 from typing import Any, Literal
@@ -93,13 +92,8 @@ class FDConfig:
         hard = self.band_edges == "fixed"
         _require(hard or self.band_mask == "exact", "band_mask", "exact where band_edges move", self.band_mask)
 
-    @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> FDConfig:
-        """Undo `to_dict`. What version 0.1 saved, which knew no `spectrum`, has the paper's."""
-        return cls(**{"spectrum": "paper", **saved})
-
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain JSON types; `FDConfig.from_dict(config.to_dict())` gives an equal config."""
+        """The settings as plain JSON types; `FDConfig(**config.to_dict())` gives an equal config."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 

@@ -24,7 +24,7 @@ from .filter_scale import common_factor, filter_multiple
 from .functional import frequency_dynamic
 from .lazy import LazyTensor, read_when_run, refuse_where_lost
 from .modulation import Factors, GlobalModulation, LocalModulation, ZeroInit
-from .precision import exact_dtype, fft_dtype, holds_no_values, without_autocast
+from .precision import exact_dtype, fft_dtype, holds_no_values, rescaled, without_autocast
 from .spectrum import (
     EDGE,
     column_factors,
@@ -427,7 +427,7 @@ class FrequencyDynamic(nn.Module):
             )
         for name, factor in self.factors_from_paper().items():
             if (held := state_dict.get(prefix + name)) is not None and not held.is_meta:
-                state_dict[prefix + name] = (held.double() * factor.to(held.device)).to(held.dtype)
+                state_dict[prefix + name] = rescaled(held, factor)
         assert self.spectrum_scale is not None
         state_dict[f"{prefix}spectrum_scale"] = torch.full_like(self.spectrum_scale, self._scale()[0])
         return None

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .config import FDConfig
 from .layers import FDConv2d, FDLinear
+from .precision import rescaled
 from .spectrum import group_dtype, groups_from_order
 
 # Without padding_mode: the official layer takes it and pads with zeros all the same.
@@ -71,7 +72,7 @@ def official_state(layer: FDConv2d | FDLinear) -> dict[str, Tensor]:
     factors = layer.factors_from_paper()
     state = {name: value for name, value in layer.state_dict().items() if name not in ("frequency_group", OURS)}
     for name, factor in factors.items():
-        state[name] = (state[name].double() / factor.to(state[name].device)).to(state[name].dtype)
+        state[name] = rescaled(state[name], 1 / factor)
     return state
 
 

@@ -6,6 +6,7 @@ import contextlib
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 
@@ -17,6 +18,12 @@ def fft_dtype(dtype: torch.dtype) -> torch.dtype:
 def exact_dtype(device: torch.device) -> torch.dtype:
     """The most precise dtype of a device, for what is computed once: float64, which MPS does not have."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def rescaled(values: Tensor, factor: Tensor) -> Tensor:
+    """Values times a factor that broadcasts to them, rounded once to their dtype."""
+    exact = exact_dtype(values.device)
+    return (values.to(exact) * factor.to(exact).to(values.device)).to(values.dtype)
 
 
 def autocast_is_on(device: torch.device) -> bool:

@@ -39,11 +39,12 @@ class Source(NamedTuple):
 
 def source(spectra: Tensor, group: Tensor, factors: Factors, shape: WeightShape) -> Source:
     """What the weights of all samples are made of."""
+    group = group.int()
     if factors.kernel is None:
-        return Source(spectra, group.int(), None, group, factors, shape)
+        return Source(spectra, group, None, group, factors, shape)
     scaled = factors.kernel.unflatten(1, (len(spectra), -1)) * spectra_scale(factors, shape)
     tables, entries = edge_entries(scaled, group, shape)
-    return Source(spectra, group.int(), tables, entries, factors, shape)
+    return Source(spectra, group, tables, entries, factors, shape)
 
 
 def images(source: Source) -> Tensor:

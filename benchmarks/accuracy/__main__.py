@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from ..lines import read, spread
 from ..timing import RESULTS, environment
 from .data import TASKS
 from .maps import draw_maps, edge_correlations
@@ -81,27 +82,11 @@ def rows_of(grid: str, task: str, seed: int, names: list[str], device: str, file
     return len(names)
 
 
-def read(file: Path) -> list[dict[str, Any]]:
-    """The rows so far; one that a killed run has cut short does not count."""
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
 def gains(rows: list[dict[str, Any]], task: str, variant: str) -> list[float]:
     """By seed, how much better than the plain net that saw the same data and batches."""
     of = {(row["variant"], row["seed"]): row["after"] for row in rows if row["task"] == task}
     seeds = sorted(seed for name, seed in of if name == variant and ("static", seed) in of)
     return [of[variant, seed] - of["static", seed] for seed in seeds]
-
-
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    return f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{mean(values):.1f}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -124,7 +109,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         for task in tasks:
             values = [row["after"] for row in own if row["task"] == task]
             gain = gains(rows, task, variant.name)
-            shown = f" ({'+' if mean(gain) >= 0 else ''}{spread(gain)})" if gain and variant.name != "static" else ""
+            shown = f" ({spread(gain, signed=True)})" if gain and variant.name != "static" else ""
             cells.append(spread(values) + shown if values else "")
         ablated = [row for row in own if row["task"] == ABLATED[0]] or own
         cells += [f"{ablated[0]['parameters']:,}", f"{mean(row['seconds'] for row in ablated):.0f}"]

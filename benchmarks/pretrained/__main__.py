@@ -26,11 +26,12 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
+from ..lines import read
 from ..timing import RESULTS
 from .art import material
 from .grids import GRIDS, ROWS, Grid, Net, unknown_settings
 from .nets import check
-from .report import read, report
+from .report import report
 from .training import pretrained_stages, rows_of
 
 

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
+from ..lines import read, spread
 from .grids import CONVERTED, MEASURES, ROWS, STATIC, TIMED, Grid
 
 TITLES = ("mIoU, known styles", "mIoU, unseen style", "boundary IoU, known", "boundary IoU, unseen")
-
-
-def read(file: Path) -> list[dict[str, Any]]:
-    """The lines so far; one that a killed run has cut short does not count."""
-    lines = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -92,12 +81,6 @@ def gains(own: list[dict[str, Any]], name: str, over: str, measure: str, *, rati
     of = {(line["row"], line["seed"]): line[measure] for line in own}
     pairs = [(of[name, seed], of[over, seed]) for row, seed in sorted(of) if row == name and (over, seed) in of]
     return [one / other if ratio else one - other for one, other in pairs if other or not ratio]
-
-
-def spread(values: list[float], *, signed: bool = False) -> str:
-    """Mean and standard deviation."""
-    shown = f"{mean(values):{'+' if signed else ''}.1f}"
-    return f"{shown} ± {stdev(values):.1f}" if len(values) > 1 else shown
 
 
 def report(grid: Grid, file: Path) -> None:

@@ -19,11 +19,11 @@ from fdconv import FDConv2d
 from fdconv.composite import local_gate
 from fdsurgery.inspect import band_maps
 
+from ..lines import read
 from ..timing import environment
 from .art import KNOWN, UNSEEN, Material, material, synthetic
 from .grids import CONVERTED, ROWS, STATIC, Grid, Net, Row
 from .nets import Segmenter, adapted, converted, count, lite, resnet, resnet_weights
-from .report import read
 from .scenes import as_input, scenes
 
 

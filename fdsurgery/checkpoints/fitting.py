@@ -92,16 +92,6 @@ class Asked:
     recipe: str | Path | Recipe
     overrides: dict[str, Any]
 
-    def check_spectrum(self, layer: str, settings: dict[str, Any], leaves: Mapping[str, Stored]) -> None:
-        """Raise `CheckpointError` if a layer's spectrum is not stored as its settings say."""
-        stored = "isometric" if OURS in leaves else "paper"
-        told = self.overrides.get("spectrum", settings["spectrum"])
-        if told != stored:
-            raise CheckpointError(
-                f"{self.checkpoint.path}: the spectrum of {layer!r} is stored with spectrum: {stored}, and the "
-                f"settings say {told!r}; take {'--set spectrum' if 'spectrum' in self.overrides else 'it'} away"
-            )
-
 
 @dataclass(frozen=True)
 class Layer:
@@ -227,10 +217,14 @@ def _dynamic_layers(asked: Asked, model: nn.Module, found: Recognised) -> tuple[
             if (settings := described.get(fqn)) is None:
                 settings = settings_of(module, leaves, official=asked.form == "official")
                 guessed.append(fqn)
-            if asked.form == "ours":
-                asked.check_spectrum(inner, settings, leaves)
             operator = get_operator(FDConvOperator.name)
             settings = operator.settings({**settings, **asked.overrides})
+            stored = _stored_spectrum(leaves)
+            if asked.form == "ours" and settings["spectrum"] != stored:
+                raise CheckpointError(
+                    f"{asked.checkpoint.path}: the spectrum of {inner!r} is stored with spectrum: {stored}, and the "
+                    f"settings say {settings['spectrum']!r}, which does not change what is stored"
+                )
             try:
                 template = operator.replace(copy.deepcopy(module).to("meta", dtype), settings)
             except (ValueError, RuntimeError, TypeError) as error:
@@ -306,6 +300,11 @@ def _settings_by_layer(path: Path, content: Any) -> dict[str, dict[str, Any]]:
         raise CheckpointError(f"{path} is damaged: {error}") from None
 
 
+def _stored_spectrum(leaves: Mapping[str, Stored]) -> str:
+    """How a layer of ours has its spectrum, by its tensors."""
+    return "isometric" if OURS in leaves else "paper"
+
+
 def settings_of(layer: nn.Conv2d | nn.Linear, leaves: Mapping[str, Stored], *, official: bool) -> dict[str, Any]:
     """What the tensors of a dynamic layer tell of its settings; the others are the defaults.
 
@@ -316,8 +315,7 @@ def settings_of(layer: nn.Conv2d | nn.Linear, leaves: Mapping[str, Stored], *, o
     """
     settings: dict[str, Any] = {"band_mask": "interpolated"} if official else {}
     # Official layers are put into our form as they are read; what version 0.1 saved stays in theirs.
-    isometric = official or OURS in leaves
-    settings["spectrum"] = "isometric" if isometric else "paper"
+    settings["spectrum"] = "isometric" if official else _stored_spectrum(leaves)
     if not any(leaf.startswith(_MODULATION) for leaf in leaves):
         return settings
     in_channels = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
@@ -331,7 +329,7 @@ def settings_of(layer: nn.Conv2d | nn.Linear, leaves: Mapping[str, Stored], *, o
         if width != max(in_channels // 16, 16):
             settings |= {"reduction": (width + 0.5) / in_channels, "min_attention_channels": 1}
         normed = "rms" if "KSM_Global.norm.weight" in leaves else "batch"
-        usual = "rms" if isometric or isinstance(layer, nn.Linear) else "batch"
+        usual = "rms" if settings["spectrum"] == "isometric" or isinstance(layer, nn.Linear) else "batch"
         settings["norm"] = "auto" if normed == usual else normed
     if isinstance(layer, nn.Conv2d):
         settings["ksm_local"] = "KSM_Local.conv.weight" in leaves

@@ -395,7 +395,7 @@ def _own_steps(fit: Fit, layers: dict[str, Layer]) -> Iterator[Step]:
                 begun.add(fqn)
                 yield _build_step(fit, layers[fqn], fqn, fqn, tuple(layers[fqn].state()))
         elif (piece := fit.pieces.get(name)) is not None:
-            yield _restored(fit, layers[fqn], name[len(fqn) + 1 :], _output(name, fit, piece, shape), piece)
+            yield _in_form(fit, layers[fqn], name[len(fqn) + 1 :], _output(name, fit, piece, shape), piece)
         elif fqn not in begun and f"{fqn}.dft_weight" in fit.pieces:
             begun.add(fqn)
             leaves = [leaf for leaf in layers[fqn].state() if f"{fqn}.{leaf}" not in fit.pieces]
@@ -417,7 +417,7 @@ def _official_steps(fit: Fit, layers: dict[str, Layer]) -> Iterator[Step]:
             if owner is None:
                 yield spectra.get(name) or Copy(output, (whole,))
             elif not name.endswith(f".{OURS}"):
-                yield _restored(fit, dynamic[owner], name[len(owner) + 1 :], output, whole)
+                yield _in_form(fit, dynamic[owner], name[len(owner) + 1 :], output, whole)
         return
     fused: dict[str, list[tuple[int, Piece]]] = {}
     for name, piece in fit.pieces.items():
@@ -429,7 +429,7 @@ def _official_steps(fit: Fit, layers: dict[str, Layer]) -> Iterator[Step]:
         if owner is not None:
             output = _output(f"{_official_layer(fit, owner)}{name[len(owner) :]}", fit, piece, shape)
             if not name.endswith(f".{OURS}"):
-                yield _restored(fit, layers[owner], name[len(owner) + 1 :], output, piece)
+                yield _in_form(fit, layers[owner], name[len(owner) + 1 :], output, piece)
             continue
         foreign = _target(fit).table[name]
         parts = fused.setdefault(foreign.name, [])
@@ -441,7 +441,7 @@ def _official_steps(fit: Fit, layers: dict[str, Layer]) -> Iterator[Step]:
             yield Copy(_output(foreign.name, fit, piece, shape, foreign.parts), ordered)
 
 
-def _restored(fit: Fit, layer: Layer, leaf: str, output: Output, piece: Piece) -> Step:
+def _in_form(fit: Fit, layer: Layer, leaf: str, output: Output, piece: Piece) -> Step:
     """A tensor of a dynamic layer in the form that the result has."""
     factor = None if fit.asked.form == fit.asked.to else layer.dynamic.factors_from_paper().get(leaf)
     if factor is None:

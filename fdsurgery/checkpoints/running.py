@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fdconv import FDConv2d, FDLinear
 from fdconv.official import public_groups
+from fdconv.precision import rescaled
 
 from ..checkpoint import DESCRIPTION, weights_metadata
 from ..errors import CheckpointError
@@ -219,7 +220,7 @@ def _rescaled(step: Rescale, checkpoint: Checkpoint) -> Tensor:
     value = checkpoint.read(step.piece.tensor).flatten()
     size = value.element_size()
     value = value[step.piece.start // size : step.piece.stop // size].view(step.output.shape)
-    return (value.double() * step.factor).to(value.dtype)
+    return rescaled(value, step.factor)
 
 
 def _built(step: Build, checkpoint: Checkpoint) -> nn.Module:

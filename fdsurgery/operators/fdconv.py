@@ -36,17 +36,17 @@ class FDConvOperator:
             raise RecipeError(str(error)) from None
 
     def saved_settings(self, values: dict[str, Any]) -> dict[str, Any]:
-        return self.settings({"spectrum": FDConfig.from_dict({}).spectrum, **values})
+        return self.settings({"spectrum": "paper", **values})  # version 0.1 knew no other, and did not say so
 
     def refusal(self, site: Site, settings: dict[str, Any]) -> str | None:
-        config = FDConfig.from_dict(settings)
+        config = FDConfig(**settings)
         banded = site.kind == "conv" and site.kernel_size[0] == site.kernel_size[1] in config.fbm_kernel_sizes
         if banded and site.in_channels % config.band_groups:
             return f"band_groups={config.band_groups} does not divide its {site.in_channels} input channels"
         return None
 
     def replace(self, layer: nn.Module, settings: dict[str, Any]) -> nn.Module:
-        config = FDConfig.from_dict(settings)
+        config = FDConfig(**settings)
         effective = effective_layer(layer)
         if isinstance(effective, str):
             raise RewriteError(effective)
