@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .modulation import Factors, gate
-from .real_fft import padded, planes, real_image
+from .onnx_fft import padded, planes, real_image, writes_onnx
 from .spectrum import column_factors, edge_columns, image_to_weight
 from .strides import contiguous, is_channels_last
 
@@ -63,7 +63,7 @@ def sample_weights(spectra: Tensor, frequency_group: Tensor, factors: Factors, s
     Returns:
         `(B, C_out, C_in/groups, k_h, k_w)`, with `B = 1` where nothing depends on the sample.
     """
-    if torch.onnx.is_in_onnx_export():
+    if writes_onnx():
         image = real_image(_scaled_planes(spectra, frequency_group, factors.kernel, shape), shape.width)
     else:
         scaled = _scaled_spectra(spectra, frequency_group, factors.kernel, shape)
@@ -269,7 +269,7 @@ def open_batch(batch: Any) -> bool:
     A convolution in groups would fix it. `torch.jit.trace` runs on real tensors, at one number of samples; ONNX keeps
     the number of groups in the file.
     """
-    return torch.jit.is_tracing() or (torch.onnx.is_in_onnx_export() and not isinstance(batch, int))
+    return torch.jit.is_tracing() or (writes_onnx() and not isinstance(batch, int))
 
 
 def _shared(weight: Tensor) -> bool:

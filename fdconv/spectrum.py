@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .real_fft import planes, real_image
+from .onnx_fft import planes, real_image, writes_onnx
 
 
 def weight_to_image(weight: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def spectra_to_image(spectra: Tensor, scale: float, edge: float, width: int) -> 
         The weight image `(1, D1, D2)`.
     """
     summed = spectra.sum(0, keepdim=True) * column_factors(width, scale, edge, spectra)
-    if torch.onnx.is_in_onnx_export():
+    if writes_onnx():
         return real_image(planes(summed, width), width)
     spectrum = torch.view_as_complex(summed.contiguous())
     return torch.fft.irfft2(spectrum, s=(spectrum.shape[1], width))

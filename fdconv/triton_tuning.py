@@ -1,11 +1,12 @@
 """Block sizes chosen by measurement: Triton's own tuner, with a short warm-up, kept from measuring where it must not.
 
 A kernel has a few candidates, the best guess first. The first launch of a key measures those that fit, and the fastest
-serves all later launches of that key, in this process and, from Triton's cache on disk in others.
+serves all later launches of that key, in this process and, from Triton 3.4 on from Triton's cache on disk in others.
 """
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -83,12 +84,13 @@ class Tuned:
     ) -> None:
         self.kernel, self.candidates, self.fit = kernel, candidates, fit
         self.interpreted = not isinstance(kernel, triton.JITFunction)
+        on_disk = {"cache_results": not self.interpreted}  # from Triton 3.4 on
         self.tuner = triton.autotune(
             [_config(candidate) for candidate in candidates],
             key,
             prune_configs_by={"early_config_prune": self._configs},
             do_bench=_bench,
-            cache_results=not self.interpreted,
+            **(on_disk if "cache_results" in inspect.signature(triton.autotune).parameters else {}),
         )(kernel)
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:

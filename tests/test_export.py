@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 import fdsurgery
-from fdconv import FDConfig, FDConv2d, FDLinear, real_fft
+from fdconv import FDConfig, FDConv2d, FDLinear, onnx_fft
 from fdsurgery.verification import relative_error
 
 onnx = pytest.importorskip("onnx")
@@ -36,24 +36,24 @@ def test_real_image_is_the_inverse_real_transform(size: tuple[int, int]) -> None
     height, width = size  # numbers that are no image's spectrum: a trained one need not be
     spectra = torch.randn(2, height, width // 2 + 1, 2, dtype=torch.float64)
     expected = torch.fft.irfft2(torch.view_as_complex(spectra), s=size)
-    assert relative_error(real_fft.real_image(real_fft.planes(spectra, width), width), expected) < 1e-13
-    assert relative_error(real_fft.real_image(real_fft.planes(spectra.float(), width), width), expected) < 1e-6
+    assert relative_error(onnx_fft.real_image(onnx_fft.planes(spectra, width), width), expected) < 1e-13
+    assert relative_error(onnx_fft.real_image(onnx_fft.planes(spectra.float(), width), width), expected) < 1e-6
 
 
 def test_factors_are_few_and_small() -> None:
     for size in range(1, 1000):
-        found = real_fft.factors(size)
+        found = onnx_fft.factors(size)
         assert math.prod(found) == size
         for factor in found:
             prime = all(factor % divisor for divisor in range(2, factor))
-            assert factor <= real_fft.LARGEST or prime
-    assert real_fft.factors(1536) == [16, 16, 6]
+            assert factor <= onnx_fft.LARGEST or prime
+    assert onnx_fft.factors(1536) == [16, 16, 6]
 
 
 def test_constants_are_made_outside_a_trace() -> None:
-    real_fft._steps.cache_clear()  # type: ignore[attr-defined]
+    onnx_fft._steps.cache_clear()  # type: ignore[attr-defined]
     with FakeTensorMode():
-        (step,) = real_fft._steps(5, False, torch.float32)
+        (step,) = onnx_fft._steps(5, False, torch.float32)
     assert type(step) is Tensor and relative_error(step[0, 0], torch.tensor([1.0] * 5 + [0.0] * 5) / 5) < 1e-6
 
 

@@ -144,7 +144,8 @@ def test_buffers_serve_after_inference_mode_and_in_threads() -> None:
     def work(number: int) -> None:
         for _ in range(20):
             with torch.no_grad():
-                if not torch.equal(layer.eval()(x), in_eval):
+                # Not to the bit: in a thread of its own PyTorch's first sum is split over other numbers of threads.
+                if not torch.allclose(layer.eval()(x), in_eval, rtol=1e-5, atol=1e-5 * float(in_eval.abs().max())):
                     wrong.append(number)
 
     assert expected.isfinite().all()

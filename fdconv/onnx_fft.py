@@ -7,6 +7,7 @@ twiddle factors as well: any size, and operators that every runtime has.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import lru_cache, wraps
 from typing import ParamSpec, TypeVar
@@ -21,6 +22,22 @@ T = TypeVar("T")
 
 LARGEST = 16
 """Factor up to which runtimes take a step about as fast as memory goes."""
+
+_TELLS_MODELS = torch.__version__ >= (2, 8)
+"""Whether `torch.onnx.export(dynamo=True)` lets a model know that it is traced for ONNX."""
+
+
+def writes_onnx() -> bool:
+    """True while `torch.onnx.export` traces what calls."""
+    if torch.onnx.is_in_onnx_export():
+        return True
+    if _TELLS_MODELS or not torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling():
+        return False
+    frame = sys._getframe()
+    while frame := frame.f_back:  # type: ignore[assignment]
+        if frame.f_globals.get("__name__", "").startswith("torch.onnx."):
+            return True
+    return False
 
 
 def factors(size: int) -> list[int]:
