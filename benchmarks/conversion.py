@@ -75,7 +75,7 @@ def check(name: str, scratch: Path) -> Row:
     """Convert one model and measure."""
     torch.manual_seed(0)
     model, x = MODELS[name](), torch.randn(2, 3, 224, 224)
-    fdsurgery.settle_(model, x)
+    fdsurgery.testing.settle_(model, x)
     before = copy.deepcopy(model)
 
     plan = fdsurgery.plan(model)

@@ -79,7 +79,7 @@ def measured(name: str, batch: int, threads: int, seconds: float) -> list[dict[s
     """A row for the static model, and two for the converted one: with the batch left open, and fixed."""
     torch.manual_seed(0)
     static, x = MODELS[name]()
-    fdsurgery.settle_(static, x)
+    fdsurgery.testing.settle_(static, x)
     converted = modulated_(fdsurgery.convert(copy.deepcopy(static)), x)
     x, rows, calls = x[:batch], [], {}
     with tempfile.TemporaryDirectory() as folder:

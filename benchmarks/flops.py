@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fdsurgery
 from fdsurgery.report import in_units
-from fdsurgery.sources import build
+from fdsurgery.saving.source import build
 
 from .peer import convert_to_peer_, load_peer
 

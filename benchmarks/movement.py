@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from fdconv import FDConfig, FDConv2d
 from fdconv.bands import BandModulation
-from fdconv.composite import local_gate
 from fdconv.modulation import gate
+from fdconv.reference import local_gate
 
 STEM = Path(__file__).parent / "results" / "movement"
 WIDTHS = (3, 16, 32, 48, 96, 192, 480, 1024, 2048)

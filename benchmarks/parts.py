@@ -22,7 +22,8 @@ import timm
 import torch
 
 import fdsurgery
-from fdconv import FDConv2d, band_loop, compiled_steps, cpu_kernels, modulation, sample_loop
+from fdconv import FDConv2d, modulation
+from fdconv.cpu import band_loop, compiled_steps, kernels, sample_loop
 
 from .timing import call_of, write
 
@@ -43,20 +44,20 @@ class Part:
 
 PARTS = [
     # A coefficient has the size of two weights, and stands for two: spectrum, scaled spectrum, group of a byte.
-    Part("spectrum scaled", cpu_kernels, "scale", 4 + 4 + 0.5),
+    Part("spectrum scaled", kernels, "scale", 4 + 4 + 0.5),
     # Along one axis, and along the other. The way there, and in training back.
     Part("transforms", torch.fft, "ifft", 2 * 4),
     Part("transforms", torch.fft, "irfft", 2 * 4),
-    Part("transposed between", cpu_kernels, "transpose", 2 * 4),
-    Part("weights modulated", cpu_kernels, "modulate", 2 * 4),
+    Part("transposed between", kernels, "transpose", 2 * 4),
+    Part("weights modulated", kernels, "modulate", 2 * 4),
     Part("convolution", sample_loop, "per_sample", 4),
     # It reads the weight for the gradient of the input, and writes its own gradient.
     Part("convolution, backward", sample_loop, "per_sample_backward", 2 * 4),
-    Part("modulation, backward", cpu_kernels, "modulate_backward", 3 * 4),
+    Part("modulation, backward", kernels, "modulate_backward", 3 * 4),
     Part("transforms, backward", torch.fft, "rfft", 2 * 4),
     Part("transforms, backward", torch.fft, "fft", 2 * 4),
     # Its gradient, the spectrum, the group, and a sum that is read and written.
-    Part("spectrum, backward", cpu_kernels, "scale_backward", 4 + 4 + 0.5 + 2 * 4),
+    Part("spectrum, backward", kernels, "scale_backward", 4 + 4 + 0.5 + 2 * 4),
     Part("band modulation", band_loop._BandLoop, "forward"),
     Part("band modulation, backward", band_loop, "_backward"),
     Part("heads", modulation.GlobalModulation, "forward"),
@@ -152,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20, help="time for a column")
     options = parser.parse_args()
-    if (reason := cpu_kernels.reason_missing()) is not None:
+    if (reason := kernels.reason_missing()) is not None:
         parser.error(f"the parts are those of the compiled kernels, and there are none here: {reason}")
     rows = [measure(*row, options.seconds) for row in ROWS]
     text = table(rows, bandwidth())

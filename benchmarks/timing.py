@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fdconv import cpu
+from fdconv.cpu import workspace
 
 RESULTS = Path(__file__).parent / "results"
 PLOTS = Path(__file__).parent.parent / "docs" / "images"
@@ -75,7 +75,7 @@ def added_memory(call: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         return peak_memory(call, device) - before / 2**20
-    cpu.buffer.held.clear()  # they belong to the call
+    workspace.buffer.held.clear()  # they belong to the call
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets the peak so far

@@ -93,8 +93,9 @@ def smallest_timm_models() -> dict[str, str]:
 
 def build(spec: str) -> Any:
     """The model of a SPEC; a transformers class with at most two layers in each stack, if it runs like that."""
-    from fdsurgery import DiscoveryError, sources
+    from fdsurgery import DiscoveryError
     from fdsurgery.discovery import observe
+    from fdsurgery.saving import source as sources
 
     library, _, name = spec.partition(":")
     if library != "transformers":
@@ -199,7 +200,7 @@ def plan_for(plan: Any, inputs: Any) -> Any:
 
 
 def settle(model: Any, inputs: Any) -> None:
-    """`fdsurgery.settle_` for a model that may take keywords, or refuse to run in training mode without targets."""
+    """`settle_` for a model that may take keywords, or refuse to run in training mode without targets."""
 
     import fdsurgery
 
@@ -212,7 +213,7 @@ def settle(model: Any, inputs: Any) -> None:
             return self.model(*inputs.args, **inputs.kwargs)
 
     try:
-        fdsurgery.settle_(Calling())
+        fdsurgery.testing.settle_(Calling())
     except Exception:  # detectors want targets to train; their norms are frozen anyway
         model.eval()
 

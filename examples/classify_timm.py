@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
 
     draw(test_set, predict(model, test_batches, device)[0], classes, args.output / "predictions.png")
     if not args.static:
-        source = fdsurgery.Source("timm", args.model, arguments)
+        source = fdsurgery.ModelSource("timm", args.model, arguments)
         fdsurgery.save_pretrained(model.cpu(), args.output / "model", source=source, plan=plan)
     console.print(f"in {args.output}: {', '.join(sorted(path.name for path in args.output.iterdir()))}", soft_wrap=True)
 

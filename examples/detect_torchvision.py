@@ -112,8 +112,8 @@ def run(args: argparse.Namespace) -> None:
 
     draw(model, test_set, classes, device, args.output / "predictions.png")
     if not args.static:
-        ours = fdsurgery.Source("file", f"{Path(__file__).name}:build_tiny", arguments)
-        source = ours if args.model == "tiny" else fdsurgery.Source("torchvision", args.model, arguments)
+        ours = fdsurgery.ModelSource("file", f"{Path(__file__).name}:build_tiny", arguments)
+        source = ours if args.model == "tiny" else fdsurgery.ModelSource("torchvision", args.model, arguments)
         fdsurgery.save_pretrained(model.cpu(), args.output / "model", source=source, plan=plan)
     console.print(f"in {args.output}: {', '.join(sorted(path.name for path in args.output.iterdir()))}", soft_wrap=True)
 

@@ -1,10 +1,10 @@
 """Frequency Dynamic Convolution (FDConv, CVPR 2025) for PyTorch: exact, general, and nothing but torch."""
 
+from .backend import set_backend
 from .config import FDConfig
 from .flops import LayerCost, layer_cost
-from .functional import set_backend
 from .layers import FDConv2d, FDLinear
-from .lazy import NeutralWeightWarning, WeightReadError, strict_weight_reads
+from .weight_reads import NeutralWeightWarning, WeightReadError, strict_weight_reads
 
 __all__ = [
     "FDConfig",

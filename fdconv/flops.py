@@ -8,7 +8,7 @@ on any number of axes and for any `N`, as FFTW's benchmarks have it (https://www
 Importing this module, which `import fdconv` does, registers formulas for Fourier transforms, of which torch has none,
 for the fused kernels, and for the gradients of a grouped convolution, so that
 `torch.utils.flop_counter.FlopCounterMode` counts what `LayerCost` names, but for what is elementwise: of that torch
-counts nothing. The counter sees the mathematics (`fdconv.composite`), not that some paths make their weights a second
+counts nothing. The counter sees the mathematics (`fdconv.reference`), not that some paths make their weights a second
 time for the backward pass.
 """
 
@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from .composite import output_size
 from .config import FDConfig
 from .layers import FDConv2d, FDLinear
 from .modulation import GlobalModulation
+from .reference import output_size
 
 FLOPS_PER_REAL_POINT = 2.5
 """FLOPs of a Fourier transform for each real number and each doubling of their number."""

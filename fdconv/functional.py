@@ -3,54 +3,27 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from . import compiled_steps, cpu_kernels, sample_loop, torch_steps, triton_kernels
-from .composite import (
+from .backend import Backend, chosen_backend, known
+from .cpu import compiled_steps, kernels, sample_loop, torch_steps
+from .cpu.workspace import is_transformed, wants_operations
+from .gpu import dispatch as gpu
+from .modulation import Factors
+from .out_of_memory import explained
+from .precision import autocast_is_on, without_autocast
+from .reference import (
     Convolution,
     WeightShape,
-    convolved_size,
     differentiable_gradients,
     per_sample,
     per_sample_backward,
     sample_weights,
 )
-from .cpu import is_transformed, wants_operations
-from .measured_choice import Fastest
-from .memory import explained
-from .modulation import Factors
-from .precision import autocast_is_on, without_autocast
-from .spectrum import column_factors
 from .strides import owned
-from .triton_tuning import power_of_2
-
-Backend = Literal["auto", "torch", "cpp", "triton"]
-"""`torch` computes with PyTorch's own operations, on CPUs chunk by chunk; `cpp` with kernels for CPUs, which this
-machine's compiler makes when they are first needed; `triton` with kernels for NVIDIA GPUs; `auto` takes those where
-they serve."""
-
-_backend: Backend = "auto"
-
-
-def set_backend(backend: Backend) -> Backend:
-    """Choose how all layers of this process compute, and tell how they did so far.
-
-    Raises:
-        ValueError: there is no such backend.
-    """
-    global _backend
-    before, _backend = _backend, _known(backend)
-    return before
-
-
-def _known(backend: Backend) -> Backend:
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, not {backend!r}")
-    return backend
 
 
 def frequency_dynamic(
@@ -86,13 +59,13 @@ def frequency_dynamic(
     if x.dtype != torch.float64 and autocast_is_on(x.device):  # which leaves float64 alone
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
-    backend = _backend if backend is None else _known(backend)
+    backend = chosen_backend() if backend is None else known(backend)
     with without_autocast(x.device), explained(x, shape):
         if not torch.jit.is_tracing() and x.shape[0] == 0:
             return _of_no_samples(x, spectra, frequency_group, factors, shape, conv, dtype)
-        if _triton_serves(x, spectra, backend):
-            make = partial(_triton_weights, frequency_group=frequency_group, shape=shape, dtype=dtype)
-            convolve = _triton_per_sample if _triton_convolves(shape, conv) else per_sample
+        if gpu.serves(x, spectra, backend):
+            make = partial(gpu.weights, frequency_group=frequency_group, shape=shape, dtype=dtype)
+            convolve = gpu.convolve if gpu.convolves(shape, conv) else per_sample
         elif x.dtype == dtype and sample_loop.serves(x, spectra, factors):
             steps = compiled_steps if _compiled_serves(spectra, factors, backend) else torch_steps
             return sample_loop.apply(x, spectra, frequency_group, factors, shape, conv, steps)
@@ -126,7 +99,7 @@ def _of_no_samples(
 def _compiled_serves(spectra: Tensor, factors: Factors, backend: Backend) -> bool:
     if backend not in ("auto", "cpp"):
         return False
-    if backend == "cpp" and (reason := cpu_kernels.reason_missing()) is not None:
+    if backend == "cpp" and (reason := kernels.reason_missing()) is not None:
         raise ValueError(f"the backend cpp does not serve here: {reason}")
     return compiled_steps.serves(spectra, factors)
 
@@ -137,84 +110,7 @@ def _torch_weights(
     return sample_weights(spectra, frequency_group, Factors(*factors), shape).to(dtype)
 
 
-def _triton_serves(x: Tensor, spectra: Tensor, backend: Backend) -> bool:
-    able = triton_kernels.available(x.device) and spectra.dtype == torch.float32
-    if backend == "triton" and not able:
-        raise ValueError(
-            f"the backend triton does not serve a {spectra.dtype} layer on {x.device}: it needs Triton, an NVIDIA GPU "
-            "and less than float64"
-        )
-    return able and (backend == "triton" or (backend == "auto" and x.device.type == "cuda"))
-
-
-def _triton_weights(
-    spectra: Tensor, *given: Tensor | None, frequency_group: Tensor, shape: WeightShape, dtype: torch.dtype
-) -> Tensor:
-    factors = Factors(*given)
-    if factors.kernel is None:
-        scaled = spectra.sum(0, keepdim=True) * column_factors(shape.width, shape.scale, shape.edge, spectra)
-    else:
-        scaled = triton_kernels.scale_spectrum(
-            spectra, frequency_group, factors.kernel, shape.scale, shape.edge, shape.width
-        )
-    image = torch.fft.irfft2(torch.view_as_complex(scaled), s=(scaled.shape[1], shape.width))
-    return triton_kernels.modulate(
-        image.expand(factors.batch, -1, -1),
-        factors.context,
-        factors.taps,
-        factors.channel,
-        factors.filter,
-        factors.spatial,
-        kernel_size=shape.kernel_size,
-        groups=shape.groups,
-        activation=shape.activation,
-        dtype=dtype,
-    )
-
-
-def _triton_convolves(shape: WeightShape, conv: Convolution | None) -> bool:
-    """Dense convolutions of more than one position; anything else is a matrix product, or too thin for one."""
-    return conv is not None and conv.groups == 1 and shape.kernel_size != (1, 1)
-
-
-def _triton_per_sample(x: Tensor, weight: Tensor, conv: Convolution | None) -> Tensor:
-    assert conv is not None
-    if weight.shape[0] == 1:  # one for all samples, which is a plain convolution
-        return per_sample(x, weight, conv)
-    if x.device.type == "cuda" and x.shape[0]:
-        return _fastest(x, weight, conv)
-    return _as_one_product(x, weight, conv)
-
-
 # Four ways to convolve each sample with a weight of its own, without groups
-
-
-def _as_one_product(x: Tensor, weight: Tensor, conv: Convolution) -> Tensor:
-    return triton_kernels.conv2d_per_sample(x, weight, *conv)
-
-
-def _as_groups(x: Tensor, weight: Tensor, conv: Convolution) -> Tensor:
-    return per_sample(x, weight, conv)
-
-
-def _one_by_one(x: Tensor, weight: Tensor, conv: Convolution) -> Tensor:
-    pairs = zip(x.split(1), weight, strict=True)
-    return torch.cat([F.conv2d(own, its, None, conv.stride, conv.padding, conv.dilation) for own, its in pairs])
-
-
-def _unfolded(x: Tensor, weight: Tensor, conv: Convolution) -> Tensor:
-    kernel_size = tuple(weight.shape[3:])
-    columns = F.unfold(x, kernel_size, conv.dilation, conv.padding, conv.stride)
-    return (weight.flatten(2) @ columns).unflatten(2, convolved_size(x.shape[2:], kernel_size, conv))
-
-
-def _kind(x: Tensor, weight: Tensor, conv: Convolution) -> tuple[Any, ...]:
-    """Calls of the same kind take the same way: batch and pixels count as powers of two."""
-    about = power_of_2(x.shape[0]), power_of_2(x.shape[2] * x.shape[3])
-    return (x.device, x.dtype, weight.shape[1:], conv, about)
-
-
-_fastest = Fastest([_as_one_product, _as_groups, _one_by_one, _unfolded], _kind)
 
 
 class _Recomputed(torch.autograd.Function):

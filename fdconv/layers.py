@@ -17,14 +17,14 @@ from torch._prims_common import make_channels_last_2d_strides_for, make_contiguo
 from torch.nn.modules.utils import _pair
 
 from .bands import BandModulation
-from .composite import Convolution, WeightShape, sample_weights
 from .config import FDConfig
-from .cpu import is_transformed
+from .cpu.workspace import is_transformed
 from .filter_scale import common_factor, filter_multiple
 from .functional import frequency_dynamic
-from .lazy import LazyTensor, read_when_run, refuse_where_lost
+from .lazy import LazyTensor, read_when_run
 from .modulation import Factors, GlobalModulation, LocalModulation, ZeroInit
 from .precision import exact_dtype, fft_dtype, holds_no_values, rescaled, without_autocast
+from .reference import Convolution, WeightShape, sample_weights
 from .spectrum import (
     EDGE,
     column_factors,
@@ -38,6 +38,7 @@ from .spectrum import (
     weight_to_image,
 )
 from .strides import as_conv_result, is_channels_last
+from .weight_reads import refuse_where_lost
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 PAPER = FDConfig()
@@ -144,7 +145,7 @@ class FrequencyDynamic(nn.Module):
         super().register_parameter(name, param)
 
     def _is_prepared(self) -> bool:
-        """True for a layer whose global branch was prepared for inference: see `fdconv.prepared`."""
+        """True for a layer whose global branch was prepared for inference: see `fdconv.inference`."""
         return self.KSM_Global is not None and not isinstance(self.KSM_Global, GlobalModulation)
 
     def _modulation(self) -> list[Tensor]:

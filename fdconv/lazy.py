@@ -8,218 +8,26 @@ the weight goes into the spectrum.
 
 from __future__ import annotations
 
-import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import get_default_nowrap_functions
 from torch.utils._pytree import tree_map_only
 
-
-class NeutralWeightWarning(UserWarning):
-    """The static weight of a dynamic layer was computed with, though the layer's modulation is not neutral."""
-
-
-class WeightReadError(RuntimeError):
-    """The static weight of a dynamic layer was about to be computed with where that would give wrong results."""
-
-
-class Owner(Protocol):
-    """A layer whose weight is computed."""
-
-    def is_neutral(self) -> bool:
-        """True if the layer computes what its static weight does."""
-
-    def adopt_weight(self, weight: Tensor) -> None:
-        """Stand for another static weight."""
-
-    def _neutral_weight(self) -> Tensor: ...
-
-    def _static_shape(self) -> tuple[int, ...]: ...
-
-    def _stored(self) -> Tensor:
-        """The parameter that the weight is computed from."""
-
-
-_strict = 0
-
-
-@contextmanager
-def strict_weight_reads() -> Iterator[None]:
-    """Within this context, code that computes with the `weight` of a dynamic layer raises instead of warning.
-
-    `weight` is the layer's static weight, without its modulation. Metadata (`weight.shape`, `weight.dtype`) may be
-    read, and so may the weight of layers whose modulation is neutral.
-
-    Raises:
-        WeightReadError: from the code that reads, with the place and the remedy.
-    """
-    global _strict
-    _strict += 1
-    try:
-        yield
-    finally:
-        _strict -= 1
-
-
-class _Refused(NamedTuple):
-    """Code that may not read the weight at all, for what it makes of it would take the layer's place or be lost."""
-
-    file: str
-    """End of the file's path, with forward slashes; empty for any file."""
-    function: str
-    """Regular expression for the whole name of a function that is running."""
-    remedy: str
-
-
-_REFUSED = (
-    _Refused(
-        "torch/nn/utils/prune.py",
-        ".*",
-        "pruning masks a weight, and this one is computed for each sample; prune other layers, or keep this one plain "
-        "by a recipe",
-    ),
-    *(
-        _Refused(
-            f"torch/nn/utils/{name}.py",
-            ".*",
-            "this normalises a weight before each call, and this one is computed for each sample; keep the layer plain "
-            "by a recipe",
-        )
-        for name in ("weight_norm", "spectral_norm", "parametrize", "parametrizations")
-    ),
-    _Refused(
-        "torch/nn/utils/_named_member_accessor.py",
-        ".*",
-        "functional_call puts a tensor there for one call, and a static weight would stay; give it the layer's "
-        "dft_weight, or put the plain layer back first (fdsurgery.restore)",
-    ),
-    _Refused(
-        "torch/utils/mkldnn.py",
-        ".*",
-        "it would put a plain layer in this one's place, without its modulation. Models with dynamic layers run on "
-        "CPUs as they are; see fdsurgery.compile_for_inference",
-    ),
+from .weight_reads import (
+    NeutralWeightWarning,
+    Owner,
+    WeightReadError,
+    is_strict,
+    reader,
+    refuse_optimizer,
+    short,
+    tell,
 )
-
-_FOLDS = _Refused(
-    "",
-    "(.*_)?fuse(_.*)?|.*(reparam|deploy|get_equivalent|get_kernel_bias).*|"
-    ".*((merge|absorb|fold|fuse)_(\\w+_)?(bn|batch|norm)|bn_(merg|absorb|fold|fus)).*",
-    "it would put a plain layer in this one's place, without its modulation. Norms behind dynamic layers are folded by "
-    "fdsurgery.fuse_norms(model); models that reparameterise are to do so before they are converted",
-)
-"""Code that folds norms or merges branches, which is recognised by the name of the function that reads."""
-
-_QUIET = (
-    ("torch/nn/init.py", ".*"),  # which reads what it is about to overwrite
-    ("torch/nn/utils/fusion.py", "fuse_(conv|linear)_bn_weights"),  # whose result is assigned: a scale of each filter
-    ("torch/nn/utils/memory_format.py", "convert_conv.*"),  # whose result is assigned: the same values
-)
-"""Code that may read the weight whatever the modulation."""
-
-_PLUMBING = (
-    "torch/overrides.py",
-    "torch/_tensor.py",
-    "torch/_tensor_str.py",
-    "torch/functional.py",
-    "torch/nn/functional.py",
-    "torch/utils/_contextlib.py",
-    "torch/utils/_device.py",
-    "torch/utils/_pytree.py",
-)
-"""Files of torch that stand between a reader and the tensor."""
-
-_HERE = str(Path(__file__).parent)
-
-
-def _path(frame: FrameType) -> str:
-    return frame.f_code.co_filename.replace("\\", "/")
-
-
-def _reader() -> FrameType:
-    """The code that reads, outside of this package and of what torch puts between."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and (frame.f_code.co_filename.startswith(_HERE) or _path(frame).endswith(_PLUMBING)):
-        frame = frame.f_back
-    return frame
-
-
-def _refusal(frame: FrameType | None) -> tuple[FrameType, _Refused] | None:
-    """Where, among the functions that are running, the weight may not be read, and why."""
-    if frame is not None and re.fullmatch(_FOLDS.function, frame.f_code.co_name):
-        return frame, _FOLDS
-    return _listed(frame)
-
-
-def _listed(frame: FrameType | None) -> tuple[FrameType, _Refused] | None:
-    while frame is not None:
-        for place in _REFUSED:
-            if _path(frame).endswith(place.file) and re.fullmatch(place.function, frame.f_code.co_name):
-                return frame, place
-        frame = frame.f_back
-    return None
-
-
-def _refuse(owner: Owner, where: FrameType, place: _Refused) -> NoReturn:
-    raise WeightReadError(
-        f"the weight of a dynamic layer, {_short(owner)}, cannot be used by {where.f_code.co_name} ({_place(where)}): "
-        f"{place.remedy}"
-    )
-
-
-def refuse_where_lost(owner: Owner) -> None:
-    """Raise `WeightReadError` where the code that assigns a weight means something else by it."""
-    listed = _listed(_reader())
-    if listed is not None:
-        _refuse(owner, *listed)
-
-
-def _refuse_optimizer(owner: Owner) -> None:
-    """Raise where an optimizer is given the weight, whose gradient would never come."""
-    frame = _reader()
-    if _path(frame).endswith("torch/optim/optimizer.py"):
-        raise WeightReadError(
-            f"the weight of a dynamic layer, {_short(owner)}, is computed, and an optimizer cannot train it: give the "
-            "optimizer layer.dft_weight and the other parameters of the layer, or model.parameters()"
-        )
-
-
-def _told(owner: Owner, computing: bool = True) -> None:
-    """Refuse a read, or warn of it, where that is due."""
-    frame = _reader()
-    quiet = any(_path(frame).endswith(file) and re.fullmatch(name, frame.f_code.co_name) for file, name in _QUIET)
-    refused = None if quiet else _refusal(frame)
-    if refused is not None:
-        _refuse(owner, *refused)
-    if not computing or quiet or owner.is_neutral():
-        return
-    message = (
-        f"{_place(frame)} computes with the weight of a dynamic layer, {_short(owner)}, which is its static weight: "
-        "the layer's modulation, which is not neutral, is left out. Call the layer, or layer.sample_weights(x) for the "
-        "weights that samples are given"
-    )
-    if _strict:
-        raise WeightReadError(message)
-    registry = frame.f_globals.setdefault("__warningregistry__", {})
-    module = frame.f_globals.get("__name__")
-    warnings.warn_explicit(message, NeutralWeightWarning, frame.f_code.co_filename, frame.f_lineno, module, registry)
-
-
-def _place(frame: FrameType) -> str:
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-def _short(owner: Owner) -> str:
-    return f"{type(owner).__name__}({', '.join(map(str, owner._static_shape()))})"
 
 
 def _getter(name: str) -> Any:
@@ -329,7 +137,7 @@ class LazyTensor(torch.Tensor):
         self._owner._stored()._is_hf_initialized = value  # type: ignore[attr-defined]
 
     def _values(self) -> Tensor:
-        _told(self._owner)
+        tell(self._owner)
         return self._of(self._owner._neutral_weight())
 
     def _of(self, weight: Tensor) -> Tensor:
@@ -353,18 +161,18 @@ class LazyTensor(torch.Tensor):
                 return target._gradient(*args[1:])
             if func in _HOOKS:
                 raise RuntimeError(
-                    f"{name}: the weight of {_short(target._owner)} is computed, and has no gradient of its own; hang "
+                    f"{name}: the weight of {short(target._owner)} is computed, and has no gradient of its own; hang "
                     "the hook onto the layer's dft_weight"
                 )
             if func in _MEMORY:
                 raise RuntimeError(
-                    f"the weight of {_short(target._owner)} is computed, and has no memory of its own; "
+                    f"the weight of {short(target._owner)} is computed, and has no memory of its own; "
                     "layer.weight.detach().clone() has"
                 )
             if func is Tensor.__iter__:
                 return iter(target.unbind())
             if func == _IS_LEAF:
-                _refuse_optimizer(target._owner)
+                refuse_optimizer(target._owner)
                 return super().__torch_function__(func, types, args, kwargs)
             if func in _VIEWS and (view := target._view(func, args, kwargs)) is not None:
                 return view
@@ -409,9 +217,9 @@ class LazyTensor(torch.Tensor):
         if assigned:
             stored.grad = None
         elif stored.grad is not None:
-            frame = _reader()
+            frame = reader()
             warnings.warn_explicit(
-                f"the weight of {_short(self._owner)} is computed, and has no gradient of its own; see dft_weight.grad",
+                f"the weight of {short(self._owner)} is computed, and has no gradient of its own; see dft_weight.grad",
                 NeutralWeightWarning,
                 frame.f_code.co_filename,
                 frame.f_lineno,
@@ -421,7 +229,7 @@ class LazyTensor(torch.Tensor):
     def _assign(self, value: Tensor) -> None:
         if self._steps:
             raise RuntimeError("the data of a view of a dynamic layer's weight cannot be exchanged; assign to weight")
-        _told(self._owner, computing=False)
+        tell(self._owner, computing=False)
         if isinstance(value, LazyTensor) and value._owner is not self._owner:
             value = value._values()
         self._owner.adopt_weight(value)
@@ -483,7 +291,7 @@ class LazyTensor(torch.Tensor):
                 f"{name}: the weight of a dynamic layer that requires grad is changed in place; do so within "
                 "torch.no_grad(), as with a leaf variable"
             )
-        _told(self._owner, computing=name not in _OVERWRITES and not initialises)
+        tell(self._owner, computing=name not in _OVERWRITES and not initialises)
 
     @torch.no_grad()
     def _write(self, func: Any, name: str, args: Any, kwargs: Any) -> LazyTensor:
@@ -534,7 +342,7 @@ def _read_when_run(weight: Tensor, modulation: list[Tensor], layer: str) -> Tens
             f"compiled code computes with the weight of a dynamic layer, {layer}({', '.join(map(str, weight.shape))}), "
             "which is its static weight: the layer's modulation, which is not neutral, is left out"
         )
-        if _strict:
+        if is_strict():
             raise WeightReadError(message)
         warnings.warn(message, NeutralWeightWarning, stacklevel=2)
     return weight.clone()

@@ -224,7 +224,7 @@ class LocalModulation(nn.Module):
     """KSM's local branch: `(B, C_in)` pooled input to the normalised context that short filters slide along.
 
     Each filter position has a short filter of its own, in `taps`; what it sees of the context gives a factor for every
-    weight (see `fdconv.composite.local_gate`).
+    weight (see `fdconv.reference.local_gate`).
     """
 
     def __init__(

@@ -23,7 +23,7 @@ T = TypeVar("T")
 LARGEST = 16
 """Factor up to which runtimes take a step about as fast as memory goes."""
 
-_TELLS_MODELS = torch.__version__ >= (2, 8)
+_TELLS_MODELS = torch.__version__ >= "2.8"
 """Whether `torch.onnx.export(dynamo=True)` lets a model know that it is traced for ONNX."""
 
 

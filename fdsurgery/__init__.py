@@ -1,9 +1,11 @@
 """Swap the convolutions and FFN linears of a vision model for dynamic ones, without changing what it computes."""
 
+import warnings
+from typing import Any
+
 from fdconv import NeutralWeightWarning, WeightReadError, strict_weight_reads
 
-from .adapters import registration as _peft_registration
-from .checkpoint import load, save
+from . import testing
 from .discovery import Site, sites
 from .errors import (
     CheckpointError,
@@ -16,17 +18,20 @@ from .errors import (
     UnsupportedModelError,
 )
 from .finetune import freeze, optimizer_after_surgery, param_groups
-from .huggingface import registration as _registration
 from .inference import compile_for_inference
 from .integrations import ultralytics as _ultralytics
+from .integrations.peft import registration as _peft_registration
+from .integrations.timm import registration as _timm_registration
+from .integrations.transformers import registration as _registration
 from .norms import fuse_norms
-from .planning import Decision, Plan, plan
-from .pretrained import from_pretrained, save_pretrained
+from .plan import Decision, Plan
+from .planning import plan
 from .recipe import Recipe, load_recipe, shipped_recipes
-from .sources import Source
+from .saving.folder import load, save
+from .saving.pretrained import from_pretrained, save_pretrained
+from .saving.source import ModelSource
 from .surgery import apply, convert, restore
-from .timm_models import registration as _timm_registration
-from .verification import LayerVerification, Verification, settle_, verify
+from .verification import LayerVerification, Verification, verify
 
 __version__ = "0.1.0"
 
@@ -41,6 +46,7 @@ __all__ = [
     "DiscoveryError",
     "FineTuningError",
     "LayerVerification",
+    "ModelSource",
     "NeutralWeightWarning",
     "Plan",
     "PlanError",
@@ -48,7 +54,6 @@ __all__ = [
     "RecipeError",
     "RewriteError",
     "Site",
-    "Source",
     "SurgeryError",
     "UnsupportedModelError",
     "Verification",
@@ -67,9 +72,16 @@ __all__ = [
     "restore",
     "save",
     "save_pretrained",
-    "settle_",
     "shipped_recipes",
     "sites",
     "strict_weight_reads",
+    "testing",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Source":
+        warnings.warn("fdsurgery.Source is now fdsurgery.ModelSource", DeprecationWarning, stacklevel=2)
+        return ModelSource
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,7 +19,7 @@ from .errors import SurgeryError, near_misses
 from .report import kind_of, shape_of
 
 if TYPE_CHECKING:
-    from .sources import Source
+    from .saving.source import ModelSource
 
 
 def _console(**options: Any) -> Console:
@@ -78,7 +78,7 @@ def plan(
 ) -> None:
     """Show what a conversion would do to a model, site by site. Nothing is written."""
     from .planning import plan as make_plan
-    from .sources import build
+    from .saving.source import build
 
     settings = _settings(set_)
     with _working(f"building {spec}", quiet=as_json):
@@ -103,10 +103,10 @@ def convert(
     as_json: JsonOption = False,
 ) -> None:
     """Convert a model, verify it layer by layer and as a whole, and save it for fdsurgery.load."""
-    from .checkpoint import save
     from .discovery import example_inputs
     from .planning import plan as make_plan
-    from .sources import build
+    from .saving.folder import save
+    from .saving.source import build
     from .surgery import apply
     from .verification import verify
 
@@ -235,7 +235,7 @@ def check_recipe(
     from .planning import why_nothing
     from .recipe import load_recipe
     from .recipe.authoring import rule_matches
-    from .sources import build
+    from .saving.source import build
 
     recipe = load_recipe(_recipe(file))
     rules = f"{len(recipe.keep)} keep and {len(recipe.swap)} swap rules, inherited ones included"
@@ -269,7 +269,7 @@ def new_recipe(
     """Write a first recipe for a model, from what one look at it shows."""
     from .discovery import sites
     from .recipe.authoring import draft
-    from .sources import build
+    from .saving.source import build
 
     if output is not None and output.exists():
         raise SurgeryError(f"{output} exists; give a new file")
@@ -296,7 +296,7 @@ def explain_site(
     from .planning import plan as make_plan
     from .recipe import detect_recipe, load_recipe
     from .recipe.authoring import explain
-    from .sources import build
+    from .saving.source import build
 
     with _working(f"looking at {spec}", quiet=False):
         model, _ = build(spec, pretrained=False)
@@ -370,7 +370,7 @@ def _say(text: str) -> None:
     out.print(text, highlight=False, soft_wrap=True)
 
 
-def _load_line(folder: Path, source: Source) -> str:
+def _load_line(folder: Path, source: ModelSource) -> str:
     """What loads a saved model: code that built it is not run by `load`, and so is called here."""
     if source.library != "file":
         return f"fdsurgery.load({str(folder)!r})"

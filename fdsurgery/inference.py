@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fdconv import FDConv2d, FDLinear
-from fdconv.prepared import prepare
+from fdconv.inference import prepare
 
 from .errors import DiscoveryError, UnsupportedModelError
 from .norms import fuse_norms
 from .operators import operator_of
-from .rewrite.supported import refuse_unsupported
+from .rewrite.check_model import refuse_unsupported
 
 GRAPHS = 8
 """Graphs that a model keeps: one for each combination of input shapes. What comes after runs without one."""

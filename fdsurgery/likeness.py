@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .discovery.inputs import guesses
-from .discovery.twin import twin_of
+from .discovery.shadow import twin_of
 from .operators import operator_of
 from .rewrite.tree import swapped
 

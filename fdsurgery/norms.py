@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from fdconv import FDConv2d, FDLinear
-from fdconv.prepared import PreparedModulation
+from fdconv.inference import PreparedModulation
 
 from .discovery import observe
 from .discovery.flow import Flow, Node, shape_of
-from .discovery.twin import has_hooks, same_random_numbers
+from .discovery.shadow import has_hooks, same_random_numbers
 from .errors import UnsupportedModelError
-from .huggingface.description import describe
+from .rewrite.check_model import refuse_unsupported
 from .rewrite.folded import Folded, is_norm
-from .rewrite.supported import refuse_unsupported
 from .rewrite.tree import swapped
+from .saving.description import describe
 
 
 def fuse_norms(model: nn.Module, *, example_inputs: Any = None) -> nn.Module:

@@ -1,55 +1,45 @@
-"""Plans as tables."""
+"""Decisions as a table, and numbers and shapes in few characters."""
 
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from .discovery.site import Site
 
-if TYPE_CHECKING:
-    from .planning import Decision, Plan
+
+@dataclass(frozen=True)
+class Row:
+    """A site in the table of a plan."""
+
+    site: Site
+    decision: str
+    """`keep`, or `swap: OPERATOR`."""
+    why: str
+    """The rule or the reason, in words."""
+    parameters: str = ""
+    multiply_adds: str = ""
+    dim: bool = False
 
 
-def plan_table(plan: Plan) -> Table:
-    """The decision for every site, and the sum of it in the caption."""
-    table = Table(
-        caption="\n".join(filter(None, (plan.summary(), plan.rest()))),
-        caption_justify="left",
-        box=None,
-        pad_edge=False,
-        header_style="bold",
-    )
-    table.add_column("site", overflow="fold")
-    table.add_column("kind", min_width=9)
-    table.add_column("shape", min_width=8)
-    table.add_column("decision", no_wrap=True)
-    table.add_column("rule or reason", overflow="fold")
-    table.add_column("parameters", justify="right", no_wrap=True)
-    table.add_column("multiply-\nadds", justify="right", no_wrap=True)
-    for decision in plan.decisions:
-        table.add_row(
-            decision.site.name,
-            kind_of(decision.site),
-            shape_of(decision.site),
-            f"swap: {decision.operator}" if decision.swap else "keep",
-            _why(decision),
-            f"+{decision.parameters_added:,}" if decision.swap else "",
-            f"+{in_units(decision.multiply_adds_added)}" if decision.swap else "",
-            style=None if decision.swap else "dim",
-        )
-    return table
-
-
-def _why(decision: Decision) -> str:
-    """The rule that swaps a site, or why it is kept and which rule says so."""
-    if decision.swap:
-        anyway = f"swapped anyway: {decision.site.caution}" if decision.site.caution else ""
-        return "; ".join(filter(None, (decision.rule, anyway)))
-    return decision.reason + (f" ({decision.rule})" if decision.rule else "")
+def table(rows: Sequence[Row], caption: str) -> Table:
+    """One line a site, and a caption below."""
+    made = Table(caption=caption, caption_justify="left", box=None, pad_edge=False, header_style="bold")
+    made.add_column("site", overflow="fold")
+    made.add_column("kind", min_width=9)
+    made.add_column("shape", min_width=8)
+    made.add_column("decision", no_wrap=True)
+    made.add_column("rule or reason", overflow="fold")
+    made.add_column("parameters", justify="right", no_wrap=True)
+    made.add_column("multiply-\nadds", justify="right", no_wrap=True)
+    for row in rows:
+        cells = (row.site.name, kind_of(row.site), shape_of(row.site), row.decision, row.why)
+        made.add_row(*cells, row.parameters, row.multiply_adds, style="dim" if row.dim else None)
+    return made
 
 
 def kind_of(site: Site) -> str:
@@ -74,9 +64,9 @@ def in_units(count: int) -> str:
     return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.2f} M"
 
 
-def render(plan: Plan, width: int = 160) -> str:
-    """A plan as plain text."""
+def render(shown: RenderableType, width: int = 160) -> str:
+    """A table, or what has one, as plain text."""
     console = Console(file=io.StringIO(), width=width, color_system=None, markup=False, emoji=False)
-    console.print(plan)
+    console.print(shown)
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())

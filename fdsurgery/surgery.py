@@ -12,17 +12,19 @@ from torch.optim import Optimizer
 
 from .discovery import Observation, Site, observe
 from .discovery.record import record
+from .discovery.shadow import twin_of
 from .discovery.trace import TRACERS
-from .discovery.twin import twin_of
 from .errors import PlanError, RewriteError, UnsupportedModelError, near_misses
 from .finetune import forget, remember, repairs_of
-from .huggingface.description import Origin, describe
 from .integrations.ultralytics import network_of
 from .operators import get_operator, operator_of
-from .planning import Decision, Plan, plan_and_observation, why_nothing
+from .plan import Decision, Plan
+from .planning import plan_and_observation, why_nothing
 from .recipe import Recipe
-from .rewrite.supported import refuse_unsupported
+from .rewrite.check_model import refuse_unsupported
+from .rewrite.graph import calls_as_modules
 from .rewrite.tree import swapped
+from .saving.description import Origin, describe
 from .surroundings import undisturbed
 
 
@@ -43,7 +45,8 @@ def convert(
 
     Args:
         model: changed in place; keeps its class, signature, device, dtype, mode, hooks and `requires_grad`. In a
-            `torch.fx.GraphModule`, functional convolutions and linears are swapped too: see `fdsurgery.rewrite.graph`.
+            `torch.fx.GraphModule`, also of `torch.export.export(...).module()`, functional convolutions and linears are
+            swapped too, with the names of their weights. A graph does not tell its family: `auto` is then `generic`.
         recipe: `auto` to recognise the family (else `generic`), a shipped recipe's name, a YAML file, or a `Recipe`.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments for one forward; needed
             only where they cannot be told from the model.
@@ -58,9 +61,16 @@ def convert(
         SurgeryError: see `plan` and `apply`; the model is then bit for bit as it was, and so are the optimizers.
     """
     if isinstance(model, fx.GraphModule):
-        from .rewrite import graph  # which builds on this module
-
-        return graph.convert(model, recipe, example_inputs=example_inputs, optimizers=optimizers, **overrides)
+        with calls_as_modules(model) as calls:
+            decided, seen = plan_and_observation(model, recipe, example_inputs, "record", overrides)
+            stay = [f"{call.node.name}: {call.obstacle}" for call in calls if call.obstacle]
+            if stay and not decided.swaps:
+                raise PlanError(
+                    f"the plan for {decided.model_class} swaps nothing: {why_nothing(decided)}; and {len(stay)} "
+                    f"functional call(s) cannot be made modules, {stay[0]}"
+                )
+            carry_out(decided, seen, model, optimizers)
+        return model
     decided, seen = plan_and_observation(model, recipe, example_inputs, "record", overrides)
     carry_out(decided, seen, network_of(model), optimizers)
     return model
@@ -111,7 +121,7 @@ def carry_out(
         if difference := _difference(decision.site, now[decision.site.name]):
             raise PlanError(
                 f"the plan no longer fits {decision.site.name!r}: {difference}; make a new plan, or keep the layer: "
-                f"plan = plan.keeping({decision.site.name!r}, because=...)"
+                f"plan = plan.exclude({decision.site.name!r}, reason=...)"
             )
     for decision in plan.swaps:
         assert decision.operator is not None
@@ -229,7 +239,7 @@ def _check_in_use(model: nn.Module, plan: Plan, seen: Observation) -> None:
         raise RewriteError(
             f"after the swap the model's forward fails in {where or type(model).__name__!r}; before, it ran with the "
             f"same inputs. It said: {type(error).__name__}: {said}. Keep what is used there in a way of its own: "
-            f"plan = plan.keeping({(inside or swapped_names)[0]!r}, because=...). The model was put back as it was"
+            f"plan = plan.exclude({(inside or swapped_names)[0]!r}, reason=...). The model was put back as it was"
         ) from error
     called = Counter(node.target for node in graph.nodes if node.op == "call_module")
     for name in swapped_names:
@@ -238,5 +248,5 @@ def _check_in_use(model: nn.Module, plan: Plan, seen: Observation) -> None:
             raise RewriteError(
                 f"after the swap {name!r} is {f'called {called[name]} times' if called[name] else 'never called'}, and "
                 f"was {before} times before: the model holds it in a place that cannot be reached as well; keep it: "
-                f"plan = plan.keeping({name!r}, because=...). The model was put back as it was"
+                f"plan = plan.exclude({name!r}, reason=...). The model was put back as it was"
             )

@@ -23,6 +23,7 @@ from .discovery import Inputs
 from .errors import SurgeryError
 from .inference import Replayed, without_graphs
 from .operators import operator_of
+from .rewrite.graph import modules_from_calls
 from .wrappers import inner_of
 
 TOLERANCE = 1e-5
@@ -214,34 +215,6 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 @torch.no_grad()
-def settle_(model: nn.Module, *batch: Any) -> nn.Module:
-    """Make a freshly initialised model fit for `verify`, in place; a trained one needs no such thing.
-
-    Fresh models hide what their blocks compute behind zero-initialised norms and layer scales of 1e-6, so that a wrong
-    conversion would look right. All vectors and all constant or tiny parameters are drawn anew (biases from N(0, 0.1²),
-    the others from U(0.5, 1.5)), then running statistics follow the batch three times.
-
-    Args:
-        model: changed in place.
-        *batch: positional arguments of its forward.
-
-    Returns:
-        The same object, in eval mode.
-    """
-    for name, parameter in model.named_parameters():
-        constant = parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all())
-        if parameter.dim() <= 1 or constant or float(parameter.abs().max()) < 1e-3:
-            if name.endswith("bias"):
-                parameter.normal_(std=0.1)
-            else:
-                parameter.uniform_(0.5, 1.5)
-    model.train()
-    for _ in range(3):
-        model(*batch)
-    return model.eval()
-
-
-@torch.no_grad()
 def _outputs(model: nn.Module, arguments: Inputs) -> list[Tensor]:
     return _run(model, arguments)
 
@@ -356,8 +329,6 @@ def _with_layers(model: nn.Module) -> nn.Module:
     """The model; of a graph whose layers are functional calls, a copy in which they are layers."""
     if not isinstance(model, fx.GraphModule):
         return model
-    from .rewrite.graph import modules_from_calls  # which builds on most other modules
-
     try:
         return modules_from_calls(copy.deepcopy(model))
     except SurgeryError:

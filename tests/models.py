@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from fdsurgery import settle_
+from fdsurgery.testing import settle_
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fdconv import FDConfig, band_loop, bands, cpu
+from fdconv import FDConfig, bands, low_pass
 from fdconv.bands import BandModulation
+from fdconv.cpu import band_loop, workspace
 
 CONFIGS: dict[str, FDConfig] = {
     "paper": FDConfig(),
@@ -46,12 +47,12 @@ def results(layer: BandModulation, x: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("block", [1, 300, 2**19])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_loop_agrees_with_whole_maps(name: str, block: int, flat: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "BLOCK", block)
+    monkeypatch.setattr(workspace, "BLOCK", block)
     monkeypatch.setattr(band_loop, "FLAT", flat)
     layer = modulation(CONFIGS[name])
     for size in SIZES:
         x = torch.randn(3, 6, *size, dtype=torch.float64)
-        for buffer in cpu.buffer.held.values():
+        for buffer in workspace.buffer.held.values():
             buffer.fill_(torch.nan)  # nothing is read that was not written
         looped = results(layer, x)
         with monkeypatch.context() as patch:
@@ -94,7 +95,7 @@ def test_low_passes_are_those_of_a_fourier_transform(height: int, width: int) ->
     config = FDConfig(bands=(2, 3, 8))
     split = band_loop._split(x, config)
     looped = [passed.clone() for passed in split.passes(x)]
-    for k, passed, again in zip(config.bands, bands.low_passes(x, config.bands), looped, strict=True):
+    for k, passed, again in zip(config.bands, low_pass.low_passes(x, config.bands), looped, strict=True):
         mask = (rows <= 0.5 / k + 1e-7) & (columns <= 0.5 / k + 1e-7)
         expected = torch.fft.ifft2(spectrum * mask).real
         torch.testing.assert_close(passed, expected)
@@ -102,7 +103,7 @@ def test_low_passes_are_those_of_a_fourier_transform(height: int, width: int) ->
 
 
 def test_the_flat_basis_is_orthonormal_and_nested() -> None:
-    basis, kept = bands.flat_basis(10, 7, (2, 3, 9), torch.device("cpu"), torch.float64)
+    basis, kept = low_pass.flat_basis(10, 7, (2, 3, 9), torch.device("cpu"), torch.float64)
     torch.testing.assert_close(basis.T @ basis, torch.eye(kept[0], dtype=torch.float64))
     assert kept == [5 * 3, 3 * 3, 1 * 1]
     assert basis.shape == (70, 15)
@@ -120,7 +121,7 @@ def test_soft_low_passes_are_those_of_a_fourier_transform(dynamic: bool) -> None
     x = torch.randn(3, 2, 9, 14, dtype=torch.float64)
     edges = torch.rand(3 if dynamic else 1, 2, dtype=torch.float64) / 2
     rows, columns = torch.fft.fftfreq(9, dtype=torch.float64).abs(), torch.fft.fftfreq(14, dtype=torch.float64).abs()
-    for band, passed in enumerate(bands.soft_low_passes(x, edges, 0.03)):
+    for band, passed in enumerate(low_pass.soft_low_passes(x, edges, 0.03)):
         edge = edges[:, band, None, None, None]
         mask = torch.sigmoid((edge - rows[:, None]) / 0.03) * torch.sigmoid((edge - columns) / 0.03)
         torch.testing.assert_close(passed, torch.fft.ifft2(torch.fft.fft2(x) * mask).real)
@@ -129,7 +130,7 @@ def test_soft_low_passes_are_those_of_a_fourier_transform(dynamic: bool) -> None
 def test_edges_without_softness_are_the_fixed_ones() -> None:
     x = torch.randn(2, 3, 11, 13, dtype=torch.float64)
     edges = torch.tensor([[0.5 / k for k in (2, 4, 8)]], dtype=torch.float64)  # no frequency of 11 or 13 lies on one
-    for soft, hard in zip(bands.soft_low_passes(x, edges, 1e-5), bands.low_passes(x, (2, 4, 8)), strict=True):
+    for soft, hard in zip(low_pass.soft_low_passes(x, edges, 1e-5), low_pass.low_passes(x, (2, 4, 8)), strict=True):
         torch.testing.assert_close(soft, hard)
 
 

@@ -23,7 +23,7 @@ from torch import nn
 
 import fdsurgery
 from fdconv import FDConv2d
-from fdsurgery import CheckpointError, Source
+from fdsurgery import CheckpointError, ModelSource
 
 LOAD_AND_RUN = """
 import sys, torch, fdsurgery
@@ -55,7 +55,7 @@ def logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 SAVED = {
     "timm resnet18": None,
-    "timm convnext (1x1 FFN)": Source("timm", "convnext_atto", {"depths": [1, 1, 2, 1], "dims": [24, 32, 48, 64]}),
+    "timm convnext (1x1 FFN)": ModelSource("timm", "convnext_atto", {"depths": [1, 1, 2, 1], "dims": [24, 32, 48, 64]}),
     "hf segformer": None,
     "hf convnextv2": None,
 }
@@ -82,11 +82,11 @@ def test_a_model_from_the_callers_code_loads_onto_a_fresh_one(tmp_path: Path) ->
 
     x = torch.randn(2, 3, 8, 8)
     model = build()
-    fdsurgery.settle_(model, x)
+    fdsurgery.testing.settle_(model, x)
     trained_a_little(fdsurgery.convert(model, example_inputs=x), x)
     with pytest.raises(CheckpointError, match="pass source="):
         fdsurgery.save(model, tmp_path / "saved")
-    fdsurgery.save(model, tmp_path / "saved", source=Source("file", "models.py:build"))
+    fdsurgery.save(model, tmp_path / "saved", source=ModelSource("file", "models.py:build"))
     with pytest.raises(CheckpointError, match=r"built by models\.py:build.*load\(folder, model=\.\.\.\)"):
         fdsurgery.load(tmp_path / "saved")
     loaded = fdsurgery.load(tmp_path / "saved", model=build())
@@ -101,7 +101,7 @@ def test_parameters_that_overlap_in_memory_are_saved(tmp_path: Path) -> None:
         return model
 
     model = fdsurgery.convert(build(), example_inputs=torch.randn(1, 3, 9, 9))
-    fdsurgery.save(model, tmp_path / "saved", source=Source("file", "models.py:build"))
+    fdsurgery.save(model, tmp_path / "saved", source=ModelSource("file", "models.py:build"))
     loaded = fdsurgery.load(tmp_path / "saved", model=build())
     assert torch.equal(loaded[2].bias, model[0].bias) and torch.equal(loaded[0].bias, model[0].bias)
 
@@ -133,7 +133,7 @@ def test_a_failed_save_leaves_the_older_one(tmp_path: Path, monkeypatch: pytest.
     def full_disk(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fdsurgery.checkpoint.save_file", full_disk)
+    monkeypatch.setattr("fdsurgery.saving.folder.save_file", full_disk)
     trained_a_little(model, x)
     with pytest.raises(CheckpointError, match="No space left"):
         fdsurgery.save(model, tmp_path / "saved")
@@ -161,7 +161,7 @@ def test_arguments_of_timm_are_remembered(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = timm.create_model(name, **ARGUMENTS[name])
     x = torch.randn(2, ARGUMENTS[name].get("in_chans", 3), 64, 64)
-    trained_a_little(fdsurgery.convert(fdsurgery.settle_(model, x), example_inputs=x), x)
+    trained_a_little(fdsurgery.convert(fdsurgery.testing.settle_(model, x), example_inputs=x), x)
     loaded = fdsurgery.load(fdsurgery.save(model, tmp_path / "saved"))
     assert [type(module) for module in loaded.modules()] == [type(module) for module in model.modules()]
     torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
@@ -303,7 +303,7 @@ def test_types_of_all_tensors_are_kept(tmp_path: Path) -> None:
     mixed.first.half()
     mixed.table = mixed.table.half()
     fdsurgery.convert(mixed, example_inputs=torch.randn(2, 3, 9, 9), kernel_num=4)
-    fdsurgery.save(mixed, tmp_path / "mixed", source=Source("file", "models.py:build"))
+    fdsurgery.save(mixed, tmp_path / "mixed", source=ModelSource("file", "models.py:build"))
     back = fdsurgery.load(tmp_path / "mixed", model=MixedTypes())
     for (name, tensor), (_, expected) in zip(back.named_parameters(), mixed.named_parameters(), strict=True):
         assert tensor.dtype == expected.dtype and torch.equal(tensor, expected), name
@@ -313,30 +313,40 @@ def test_types_of_all_tensors_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (Source("timm", "test_resnet", {"checkpoint_path": "x.pth"}), "'checkpoint_path' is never taken from a file"),
-        (Source("timm", "test_resnet", {"pretrained_cfg": {"file": "x.pth"}}), "'pretrained_cfg' is never taken"),
-        (Source("timm", "test_resnet", {"pretrained": True}), "'pretrained' is never taken"),
-        (Source("timm", "test_resnet", {"global_pul": "max"}), "none that a saved model may give; did you mean"),
-        (Source("timm", "hf-hub:somebody/model"), "no name of timm's registry"),
-        (Source("timm", "local-dir:m"), "no name of timm's registry"),
-        (Source("timm", "../test_resnet"), "no name of timm's registry"),
-        (Source("timm", "test_resnet", {"layers": [10**9] * 4}), "digits|larger model"),
-        (Source("timm", "test_resnet", {"layers": [10**6] * 4}), "larger model than its weights are for"),
-        (Source("torchvision", "resnet18", {"weights": "DEFAULT"}), "'weights' is never taken from a file"),
-        (Source("torchvision", "fcn_resnet50", {"weights_backbone": "DEFAULT"}), "'weights_backbone' is never taken"),
-        (Source("transformers", "pipeline"), "no model class 'pipeline'"),
-        (Source("transformers", "PreTrainedModel"), "no config of its own"),
-        (Source("transformers", "DetrModel", {"backbone": "somebody/backbone"}), "would have to be fetched"),
-        (Source("transformers", "TimmWrapperModel", {"architecture": "hf-hub:a/b"}), "no name of timm's registry"),
         (
-            Source("transformers", "TimmWrapperModel", {"architecture": "test_resnet", "model_args": {"file": "x"}}),
+            ModelSource("timm", "test_resnet", {"checkpoint_path": "x.pth"}),
+            "'checkpoint_path' is never taken from a file",
+        ),
+        (ModelSource("timm", "test_resnet", {"pretrained_cfg": {"file": "x.pth"}}), "'pretrained_cfg' is never taken"),
+        (ModelSource("timm", "test_resnet", {"pretrained": True}), "'pretrained' is never taken"),
+        (ModelSource("timm", "test_resnet", {"global_pul": "max"}), "none that a saved model may give; did you mean"),
+        (ModelSource("timm", "hf-hub:somebody/model"), "no name of timm's registry"),
+        (ModelSource("timm", "local-dir:m"), "no name of timm's registry"),
+        (ModelSource("timm", "../test_resnet"), "no name of timm's registry"),
+        (ModelSource("timm", "test_resnet", {"layers": [10**9] * 4}), "digits|larger model"),
+        (ModelSource("timm", "test_resnet", {"layers": [10**6] * 4}), "larger model than its weights are for"),
+        (ModelSource("torchvision", "resnet18", {"weights": "DEFAULT"}), "'weights' is never taken from a file"),
+        (
+            ModelSource("torchvision", "fcn_resnet50", {"weights_backbone": "DEFAULT"}),
+            "'weights_backbone' is never taken",
+        ),
+        (ModelSource("transformers", "pipeline"), "no model class 'pipeline'"),
+        (ModelSource("transformers", "PreTrainedModel"), "no config of its own"),
+        (ModelSource("transformers", "DetrModel", {"backbone": "somebody/backbone"}), "would have to be fetched"),
+        (ModelSource("transformers", "TimmWrapperModel", {"architecture": "hf-hub:a/b"}), "no name of timm's registry"),
+        (
+            ModelSource(
+                "transformers", "TimmWrapperModel", {"architecture": "test_resnet", "model_args": {"file": "x"}}
+            ),
             "'file' is never taken from a file",
         ),
-        (Source("transformers", "TimmBackbone", {"backbone": "local-dir:x"}), "no name of timm's registry"),
-        (Source("transformers", "YosoModel"), "download code when they are built"),
+        (ModelSource("transformers", "TimmBackbone", {"backbone": "local-dir:x"}), "no name of timm's registry"),
+        (ModelSource("transformers", "YosoModel"), "download code when they are built"),
     ],
 )
-def test_a_description_cannot_make_a_library_read_fetch_or_run(source: Source, message: str, tmp_path: Path) -> None:
+def test_a_description_cannot_make_a_library_read_fetch_or_run(
+    source: ModelSource, message: str, tmp_path: Path
+) -> None:
     saved = fdsurgery.save(small(), tmp_path / "saved")
     description = json.loads((saved / "fdsurgery.json").read_text())
     (saved / "fdsurgery.json").write_text(json.dumps({**description, "source": source.to_dict()}))
@@ -375,7 +385,7 @@ def test_loading_leaves_no_trace_and_takes_none(tmp_path: Path) -> None:
 
 
 def test_a_save_that_does_not_fit_leaves_the_callers_model_as_it_was(tmp_path: Path) -> None:
-    fdsurgery.save(small(), tmp_path / "saved", source=Source("file", "models.py:build"))
+    fdsurgery.save(small(), tmp_path / "saved", source=ModelSource("file", "models.py:build"))
     plain = timm.create_model("test_resnet", num_classes=3).half()
     before = copy.deepcopy(plain)
     with pytest.raises(CheckpointError, match="does not fit the model"):
@@ -427,7 +437,7 @@ def test_a_detector_with_weights_is_built_again_with_its_frozen_norms(
     from torchvision.models._api import WeightsEnum
     from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn as builder
 
-    from fdsurgery.sources import build
+    from fdsurgery.saving.source import build
 
     torch.manual_seed(0)
     downloaded = builder(weights=None, weights_backbone=None).state_dict()

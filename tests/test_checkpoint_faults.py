@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 
 import fdsurgery
 from fdsurgery import CheckpointError, SurgeryError
-from fdsurgery.checkpoints import CheckpointPlan, convert_checkpoint, load_tensors, plan_checkpoint, running
+from fdsurgery.checkpoints import CheckpointPlan, convert_checkpoint, load_tensors, plan_checkpoint, writing
 from fdsurgery.cli import app
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="cuts processes short, which takes fork")
@@ -56,7 +56,7 @@ def spec(tmp_path: Path) -> str:
 @pytest.fixture
 def state(spec: str) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    return fdsurgery.sources.build(spec, pretrained=False)[0].state_dict()
+    return fdsurgery.saving.source.build(spec, pretrained=False)[0].state_dict()
 
 
 def save_sharded(state: dict[str, Tensor], folder: Path) -> None:
@@ -274,7 +274,7 @@ def test_absurd_shapes_and_headers(spec: str, state: dict[str, Tensor], tmp_path
         assert "holds no weights" in refused(folder / "in.pth", spec)
 
     # Layers that claim to be dynamic, with spectra and heads of no possible shape.
-    module, _ = fdsurgery.sources.build(spec, pretrained=False)
+    module, _ = fdsurgery.saving.source.build(spec, pretrained=False)
     converted = fdsurgery.convert(module, "generic", example_inputs=torch.zeros(1, 3, 16, 16)).state_dict()
     layer = {name: value for name, value in converted.items() if name.startswith("2.")}
     plain = {name: value for name, value in state.items() if not name.startswith("2.")}
@@ -435,11 +435,11 @@ def cut_short(plan: CheckpointPlan, at: int) -> Callable[[], None]:
             (os, "fsync"),
             (shutil, "rmtree"),
             (Path, "mkdir"),
-            (running, "_renameat2_exchange"),
+            (writing, "_renameat2_exchange"),
         ]
         for module, name in touching:
             setattr(module, name, cut.wrapped(getattr(module, name)))
-        running.carry_out(plan, lambda count: cut.step())
+        writing.carry_out(plan, lambda count: cut.step())
 
     return run
 
@@ -464,7 +464,7 @@ def test_killed_at_every_point(
     new = content(wanted) if kind == "folder" else {wanted.name: wanted.read_bytes()}
     to_older = plan_checkpoint(tmp_path / "older", out, model=spec, recipe="generic")
     to_new = plan_checkpoint(tmp_path / "in", out, model=spec, recipe="generic")
-    running.carry_out(to_older)
+    writing.carry_out(to_older)
     older = result()
     assert new != older
     seen = {"older": 0, "new": 0}
@@ -479,9 +479,9 @@ def test_killed_at_every_point(
         seen["new" if result() == new else "older"] += 1
         # Every other time the next run goes on where this one was cut; else the older result stands there again.
         if at % 2 or result() == new:
-            running.carry_out(to_new)
+            writing.carry_out(to_new)
             assert result() == new and sorted(path.name for path in out.parent.iterdir()) == [out.name]
-            running.carry_out(to_older)
+            writing.carry_out(to_older)
         at += 1
     assert at > 30 and seen["older"] > 20 and seen["new"] > 0
     print(f"\nkilled at each of {at} points: {seen}")
@@ -490,7 +490,7 @@ def test_killed_at_every_point(
 def test_killed_where_folders_are_exchanged_in_two_steps(
     spec: str, state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(running, "_renameat2_exchange", lambda one, other: False)  # other systems than Linux
+    monkeypatch.setattr(writing, "_renameat2_exchange", lambda one, other: False)  # other systems than Linux
     out = tmp_path / "out"
     save_sharded({name: value + 1 for name, value in state.items()}, tmp_path / "older")
     save_sharded(state, tmp_path / "in")
@@ -507,7 +507,7 @@ def test_killed_where_folders_are_exchanged_in_two_steps(
                 os.kill(os.getpid(), signal.SIGKILL)
 
         os.replace = replace_once  # type: ignore[assignment]
-        running.carry_out(plan)
+        writing.carry_out(plan)
 
     assert in_a_child(between) == -signal.SIGKILL
     assert not out.exists()
@@ -516,11 +516,11 @@ def test_killed_where_folders_are_exchanged_in_two_steps(
         raise CheckpointError("it fails again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(running, "_write_all", failing)
+        patched.setattr(writing, "_write_all", failing)
         with pytest.raises(CheckpointError, match="it fails again"):
-            running.carry_out(plan)
+            writing.carry_out(plan)
     assert content(out) == older
-    running.carry_out(plan)
+    writing.carry_out(plan)
     assert content(out) != older
 
 
@@ -530,7 +530,7 @@ def test_killed_at_random_moments_it_goes_on(spec: str, state: dict[str, Tensor]
     new = content(tmp_path / "wanted")
     plan = plan_checkpoint(tmp_path / "in", tmp_path / "out", model=spec, recipe="generic")
     start = time.perf_counter()
-    running.carry_out(plan)
+    writing.carry_out(plan)
     usual = time.perf_counter() - start
     shutil.rmtree(tmp_path / "out")
     draw, kills, finished = random.Random(0), 0, 0
@@ -538,7 +538,7 @@ def test_killed_at_random_moments_it_goes_on(spec: str, state: dict[str, Tensor]
         child = os.fork()
         if child == 0:
             try:
-                running.carry_out(plan)
+                writing.carry_out(plan)
             finally:
                 os._exit(0)
         time.sleep(draw.uniform(0, 1.2 * usual))
@@ -548,7 +548,7 @@ def test_killed_at_random_moments_it_goes_on(spec: str, state: dict[str, Tensor]
             assert content(tmp_path / "out") == new
             finished += 1
             shutil.rmtree(tmp_path / "out")
-    running.carry_out(plan)
+    writing.carry_out(plan)
     assert content(tmp_path / "out") == new
     assert not any(path.name.endswith(".partial") for path in tmp_path.iterdir())
     print(f"\n40 runs, {kills} killed at random moments, {finished} results, all whole")
@@ -565,12 +565,12 @@ def test_a_killed_run_goes_on_with_the_files_that_are_done(spec: str, state: dic
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        running.carry_out(plan, interrupt)
+        writing.carry_out(plan, interrupt)
     done = sorted((tmp_path / ".out.partial" / "content").glob("*.safetensors"))
     assert len(done) == 2 and not (tmp_path / "out").exists()
     stamps = [file.stat().st_mtime_ns for file in done]
     again = plan_checkpoint(tmp_path / "in", tmp_path / "out", model=spec, recipe="generic")
-    running.carry_out(again)
+    writing.carry_out(again)
     kept = [(tmp_path / "out" / file.name).stat().st_mtime_ns for file in done]
     assert kept == stamps, "they were not written again"
 
@@ -578,7 +578,7 @@ def test_a_killed_run_goes_on_with_the_files_that_are_done(spec: str, state: dic
     shutil.rmtree(tmp_path / "out")
     written[0] = 0
     with pytest.raises(KeyboardInterrupt):
-        running.carry_out(again, interrupt)
+        writing.carry_out(again, interrupt)
     changed = {name: value * 2 if value.is_floating_point() else value for name, value in state.items()}
     save_sharded(changed, tmp_path / "in")
     convert_checkpoint(tmp_path / "in", tmp_path / "out", model=spec, recipe="generic")
@@ -597,7 +597,7 @@ def test_a_full_disk(spec: str, state: dict[str, Tensor], tmp_path: Path) -> Non
                 def run(plan: CheckpointPlan = plan, limit: int = limit) -> None:
                     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-                    running.carry_out(plan)
+                    writing.carry_out(plan)
 
                 assert in_a_child(run) == 2, "an error of ours"
                 names = {path.name for path in tmp_path.iterdir()} - {"__pycache__"}
@@ -660,5 +660,5 @@ def test_a_checkpoint_that_changes_while_it_is_read(spec: str, state: dict[str, 
     data = (tmp_path / "in.safetensors").read_bytes()
     (tmp_path / "in.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(SurgeryError, match="it was whole when it was opened"):
-        running.carry_out(plan)
+        writing.carry_out(plan)
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()

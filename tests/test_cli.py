@@ -98,7 +98,7 @@ def test_a_python_file_is_a_source(model_file: Path) -> None:
     assert "2 of 4 sites swapped" in invoke("plan", "models.py:build")
     text = invoke("convert", "models.py:build", "-o", "saved")
     assert "load it with fdsurgery.load('saved', model=build()), build being that of models.py" in text
-    plain = fdsurgery.sources.build("models.py:build", pretrained=False)[0]
+    plain = fdsurgery.saving.source.build("models.py:build", pretrained=False)[0]
     assert fdsurgery.verify(plain, fdsurgery.load("saved", model=plain), torch.randn(1, 3, 32, 32)).ok
 
 

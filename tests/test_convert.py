@@ -105,7 +105,7 @@ def test_an_unknown_model_is_converted_by_generic() -> None:
             return self.out(tokens.mean(1))
 
     x = torch.randn(2, 3, 16, 16)
-    model = fdsurgery.settle_(Odd(), x)
+    model = fdsurgery.testing.settle_(Odd(), x)
     before = copy.deepcopy(model)
     plan = fdsurgery.plan(model, example_inputs=x)
     assert plan.recipe == "generic"
@@ -150,7 +150,7 @@ def block() -> tuple[Block, torch.Tensor]:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 12, 12)
     model = Block()
-    fdsurgery.settle_(model, x)
+    fdsurgery.testing.settle_(model, x)
     return model, x
 
 
@@ -238,7 +238,7 @@ def test_a_model_on_meta_converts_and_takes_its_weights_later() -> None:
     assert all(tensor.is_meta for tensor in model.state_dict().values())
     real = timm.create_model("resnet18")
     x = torch.randn(2, 3, 64, 64)
-    before = copy.deepcopy(fdsurgery.settle_(real, x))
+    before = copy.deepcopy(fdsurgery.testing.settle_(real, x))
     model.load_state_dict(fdsurgery.convert(real).state_dict(), assign=True)
     assert fdsurgery.verify(before, model, x).ok
 
@@ -304,7 +304,7 @@ def test_a_layer_out_of_reach_fails_the_check_and_is_undone() -> None:
         fdsurgery.apply(plan, model)
     assert identities(model) == names and model.kept == kept
     assert list(model.state_dict()) == list(state) and torch.equal(model(x), y)
-    fdsurgery.apply(plan.keeping("far", because="the check said so"), model)
+    fdsurgery.apply(plan.exclude("far", reason="the check said so"), model)
     assert isinstance(model.near, FDConv2d) and model.kept == [model.near, (model.near,)]
 
 
@@ -336,11 +336,11 @@ def test_a_plan_prints_every_site_with_its_reason() -> None:
 
 def test_a_plan_can_be_edited() -> None:
     model, x = CASES["timm resnet18"].settled()
-    plan = fdsurgery.plan(model, example_inputs=x).keeping("layer4.*", because="the last stage is small")
+    plan = fdsurgery.plan(model, example_inputs=x).exclude("layer4.*", reason="the last stage is small")
     assert len(plan.swaps) == 12
     assert sum(decision.reason == "the last stage is small" for decision in plan.kept) == 4
     with pytest.raises(PlanError, match=r"did you mean 'layer3"):
-        plan.keeping("layer3.1.conv3", because="no such layer")
+        plan.exclude("layer3.1.conv3", reason="no such layer")
 
 
 def test_a_plan_for_another_model_is_refused() -> None:
@@ -450,7 +450,7 @@ def test_verify_finds_a_changed_output() -> None:
 def test_settling_leaves_nothing_degenerate() -> None:
     model = timm.create_model("resnet18")
     assert any(not parameter.any() for parameter in model.parameters()), "timm starts some norms at zero"
-    fdsurgery.settle_(model, torch.randn(2, 3, 64, 64))
+    fdsurgery.testing.settle_(model, torch.randn(2, 3, 64, 64))
     assert all(parameter.std() > 0 for parameter in model.parameters())
     assert not model.training and all(buffer.any() for buffer in model.buffers())
 

@@ -15,16 +15,17 @@ from test_sample_loop import CASES, randomised, results
 from torch import Tensor
 
 import fdconv
-from fdconv import FDConfig, FDConv2d, cpu, cpu_kernels, sample_loop
+from fdconv import FDConfig, FDConv2d
+from fdconv.cpu import kernels, sample_loop, workspace
 
 
 def without_compiler() -> str | None:
     """Why there is nothing to compile with. Kernels that do not compile are no reason to skip their tests."""
     if sys.platform == "darwin":  # whose compiler comes without OpenMP
-        return cpu_kernels.reason_missing()
+        return kernels.reason_missing()
     try:
-        cpu_kernels._compiler()
-    except cpu_kernels.CannotCompile as error:
+        kernels._compiler()
+    except kernels.CannotCompile as error:
         return str(error)
     return None
 
@@ -34,9 +35,9 @@ needs_kernels = pytest.mark.skipif(without_compiler() is not None, reason=f"no k
 
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
-    before, threads = fdconv.set_backend("auto"), torch.get_num_threads()
+    threads = torch.get_num_threads()
     yield
-    fdconv.set_backend(before)
+    fdconv.set_backend("auto")
     torch.set_num_threads(threads)
 
 
@@ -54,7 +55,7 @@ MORE_CASES = {
 
 @needs_kernels
 def test_they_compile() -> None:
-    assert cpu_kernels.reason_missing() is None
+    assert kernels.reason_missing() is None
 
 
 @needs_kernels
@@ -66,7 +67,7 @@ def test_they_agree_with_float64(name: str, chunk: int, monkeypatch: pytest.Monk
     expected = results(copy.deepcopy(layer).double(), x.double())
     monkeypatch.setattr(sample_loop, "CHUNK", chunk)
     results(layer, x)
-    for buffer in cpu.buffer.held.values():
+    for buffer in workspace.buffer.held.values():
         buffer.fill_(torch.nan)  # nothing is read that was not written
     fdconv.set_backend("cpp")
     for key, found in results(layer, x).items():
@@ -77,8 +78,8 @@ def test_they_agree_with_float64(name: str, chunk: int, monkeypatch: pytest.Monk
 @needs_kernels
 def test_they_are_what_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    modulate = cpu_kernels.modulate
-    monkeypatch.setattr(cpu_kernels, "modulate", lambda *given: (calls.append(1), modulate(*given)))
+    modulate = kernels.modulate
+    monkeypatch.setattr(kernels, "modulate", lambda *given: (calls.append(1), modulate(*given)))
     build, shape = CASES["3x3"]
     layer, x = build(), torch.randn(shape)
     for backend, expected in (("auto", True), ("cpp", True), ("torch", False)):
@@ -105,7 +106,7 @@ def test_results_do_not_depend_on_the_number_of_threads(name: str) -> None:
         turned = []
         for part in parts:
             out = torch.full((part.shape[0], part.shape[2], part.shape[1], 2), torch.nan)
-            cpu_kernels.transpose(part, out)
+            kernels.transpose(part, out)
             assert torch.equal(out, part.transpose(1, 2))
             turned.append(out)
         found.append([*scaled, *turned])
@@ -122,13 +123,13 @@ def _kernels_alone(layer: FDConv2d, x: Tensor) -> list[Tensor]:
     spectra = layer.dft_weight.detach()
     tables = torch.rand(samples, ratio, layer.config.kernel_num)
     across = torch.empty(samples, columns, rows, 2)
-    edges = cpu_kernels.Edges.of(layer._weight_shape(), turned=False)
-    cpu_kernels.scale(spectra, layer.frequency_group, tables, edges, across)
+    edges = kernels.Edges.of(layer._weight_shape(), turned=False)
+    kernels.scale(spectra, layer.frequency_group, tables, edges, across)
     to_spectra = torch.zeros_like(spectra)
-    to_tables = cpu_kernels.scale_backward(across, spectra, layer.frequency_group, tables, to_spectra)
+    to_tables = kernels.scale_backward(across, spectra, layer.frequency_group, tables, to_spectra)
     taps = layer.KSM_Local.taps.detach()
     every = layer.groups * in_channels
-    modulation = cpu_kernels.Modulation.of(
+    modulation = kernels.Modulation.of(
         layer._weight_shape(),
         torch.nn.functional.pad(torch.randn(samples, every), (taps.shape[1] // 2,) * 2),
         taps.T.contiguous(),
@@ -137,9 +138,9 @@ def _kernels_alone(layer: FDConv2d, x: Tensor) -> list[Tensor]:
     )
     image = torch.randn(samples, out_channels * k_h, in_channels * k_w)
     weights = torch.empty(samples, out_channels, in_channels, k_h, k_w)
-    cpu_kernels.modulate(modulation, image, weights)
+    kernels.modulate(modulation, image, weights)
     to_image = torch.empty_like(image)
-    rest = cpu_kernels.modulate_backward(modulation, weights, image, to_image)
+    rest = kernels.modulate_backward(modulation, weights, image, to_image)
     return [across, to_spectra, to_tables, weights, to_image, *(it for it in rest if it is not None)]
 
 
@@ -150,11 +151,11 @@ def test_the_gate_at_large_logits_and_nan() -> None:
     )
     every = torch.cat([logits, torch.linspace(-90, 90, 20011)])
     shape = FDConv2d(len(every), 1, 1)._weight_shape()
-    modulation = cpu_kernels.Modulation.of(
+    modulation = kernels.Modulation.of(
         shape, every[None], torch.ones(1, 1), torch.ones(1, 1, 1), torch.ones(1, len(every))
     )
     out = torch.empty(1, 1, len(every), 1, 1)
-    cpu_kernels.modulate(modulation, torch.ones(1, 1, len(every)), out)
+    kernels.modulate(modulation, torch.ones(1, 1, len(every)), out)
     expected = torch.sigmoid(every.double())
     torch.testing.assert_close(out.flatten().double(), expected, rtol=1e-6, atol=1e-37, equal_nan=True)
 
@@ -187,10 +188,10 @@ def test_groups_that_do_not_exist_are_told(kernel_num: int, number: int) -> None
 
 USE = """
 import torch, fdconv
-from fdconv import cpu_kernels
+from fdconv.cpu import kernels
 layer, x = fdconv.FDConv2d(8, 8, 3), torch.randn(2, 8, 6, 6)
 layer(x).sum().backward()
-print(cpu_kernels.reason_missing())
+print(kernels.reason_missing())
 fdconv.set_backend("cpp")
 try:
     layer(x)

@@ -96,7 +96,7 @@ def test_both_learn(demo: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
 def test_band_maps_are_the_factors_that_the_layer_uses(channels: int, groups: int, activation: str) -> None:
     """Rebuilt from the maps and low-passes of the input, in the paper's own sum, is what the layer's FBM gives."""
-    from fdconv.bands import low_passes
+    from fdconv.low_pass import low_passes
 
     torch.manual_seed(0)
     middle = nn.Conv2d(channels, channels, 3, padding=1)

@@ -151,13 +151,13 @@ def test_what_amounts_to_no_plain_layer_says_why(layer: nn.Module, reason: str) 
 def test_models_of_such_layers_convert_and_load(build, size: int, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     model, x = build(), torch.randn(2, 3, size, size)
-    fdsurgery.settle_(model, x)
+    fdsurgery.testing.settle_(model, x)
     before = copy.deepcopy(model)
     plan = fdsurgery.plan(model, "generic", example_inputs=x)
     fdsurgery.apply(plan, model)
     assert len(plan.swaps) > 4
     exact = [copy.deepcopy(one).double() for one in (before, model)]  # else the roundings of fifty layers add up
     assert fdsurgery.verify(*exact, x.double(), tolerance=1e-5).ok
-    source = fdsurgery.Source("file", "models.py:build")
+    source = fdsurgery.ModelSource("file", "models.py:build")
     loaded = fdsurgery.load(fdsurgery.save(model, tmp_path / "saved", source=source), model=build())
     assert fdsurgery.verify(model, loaded, x).relative_error < 1e-6

@@ -132,7 +132,7 @@ def test_layers_of_a_fixed_batch_stay_convolutions(tmp_path: Path) -> None:
 
 
 def converted(model: nn.Module, x: Tensor) -> nn.Module:
-    fdsurgery.settle_(model, x)
+    fdsurgery.testing.settle_(model, x)
     with torch.no_grad():
         before = first(model(x))
         modulated_(fdsurgery.convert(model), x, std=0.05)

@@ -20,7 +20,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from fdconv import FDConfig, FDConv2d, FDLinear
-from fdconv.bands import interpolated_masks
+from fdconv.low_pass import interpolated_masks
 from fdconv.spectrum import frequency_groups
 
 SMALL = FDConfig(kernel_num=5, min_attention_channels=3, bands=(2, 4))

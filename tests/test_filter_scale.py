@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from fdconv import FDConfig, FDConv2d, FDLinear
+from fdconv.backend import set_backend
 from fdconv.filter_scale import common_factor, filter_multiple
-from fdconv.functional import set_backend
+from fdconv.inference import prepare
 from fdconv.official import public_obstacle
-from fdconv.prepared import prepare
 
 STATIC = FDConfig(ksm_global=False, ksm_local=False, fbm_kernel_sizes=())
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -60,12 +60,9 @@ def test_outputs_and_gradients_are_those_of_an_affine_map_behind(kind: str, dtyp
     expected = affine(affine(plain(x), scale, shift, layer), scale, torch.zeros_like(shift), layer)
     expected_slopes = torch.autograd.grad(expected.square().sum(), plain.dft_weight)[0]
     for backend in ("auto", "torch"):
-        before = set_backend(backend)  # type: ignore[arg-type]
-        try:
+        with set_backend(backend):  # type: ignore[arg-type]
             found = layer(x)
             slopes = torch.autograd.grad(found.square().sum(), layer.dft_weight)[0]
-        finally:
-            set_backend(before)
         assert (found - expected).norm() < tolerance * expected.norm()
         assert (slopes - expected_slopes).norm() < 3 * tolerance * expected_slopes.norm()
     prepare(layer)
@@ -103,7 +100,7 @@ def test_a_state_dict_brings_its_scale_along_and_takes_it_away(kind: str, assign
         assert list(fresh.state_dict()) == list(before)
 
 
-@pytest.mark.filterwarnings("ignore::fdconv.lazy.NeutralWeightWarning")
+@pytest.mark.filterwarnings("ignore::fdconv.NeutralWeightWarning")
 @pytest.mark.parametrize("factor", [1.0, 3.0])
 @pytest.mark.parametrize("kind", ["conv", "linear"])
 def test_an_assigned_multiple_comes_on_top_of_a_scale(kind: str, factor: float) -> None:
@@ -200,7 +197,7 @@ def test_a_filter_of_zeros_tells_no_factor(dtype: torch.dtype) -> None:
     assert same is not None and common_factor(same, dtype) == pytest.approx(3, rel=torch.finfo(dtype).eps)
 
 
-@pytest.mark.filterwarnings("ignore::fdconv.lazy.NeutralWeightWarning")
+@pytest.mark.filterwarnings("ignore::fdconv.NeutralWeightWarning")
 @pytest.mark.parametrize("ratio", [1, 2])
 @pytest.mark.parametrize("factor", [0.97, -2.0, 0.0])
 @torch.no_grad()
@@ -229,7 +226,7 @@ def test_norms_are_folded_one_after_another_through_filters_that_they_silence() 
     torch.testing.assert_close(fold(fold(layer.eval(), norm), norm)(x), expected)
 
 
-@pytest.mark.filterwarnings("ignore::fdconv.lazy.NeutralWeightWarning")
+@pytest.mark.filterwarnings("ignore::fdconv.NeutralWeightWarning")
 @torch.no_grad()
 def test_a_factor_that_a_weight_does_not_tell_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = modulated("conv without bias")

@@ -17,7 +17,8 @@ from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
 
 import fdsurgery
-from fdconv import FDConfig, FDConv2d, FDLinear, LayerCost, flops, functional, layer_cost
+from fdconv import FDConfig, FDConv2d, FDLinear, LayerCost, flops, layer_cost, set_backend
+from fdconv.backend import Backend
 from fdsurgery.report import in_units, render
 
 ATEN = torch.ops.aten
@@ -173,16 +174,15 @@ def test_formulas_of_others_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("config", [FDConfig(), FDConfig(ksm_local=False)])
 @pytest.mark.parametrize("groups", [1, 4])
-def test_fused_kernels_are_counted(groups: int, config: FDConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_kernels_are_counted(groups: int, config: FDConfig) -> None:
     pytest.importorskip("triton")
     layer = FDConv2d(16, 24, 3, padding=1, groups=groups, config=config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layer.to(device)
     x = torch.randn(2, 16, 5, 5, device=device, requires_grad=True)
 
-    def forward_and_backward(backend: functional.Backend) -> tuple[int, int]:
-        monkeypatch.setattr(functional, "_backend", backend)
-        with FlopCounterMode(display=False) as forward:
+    def forward_and_backward(backend: Backend) -> tuple[int, int]:
+        with set_backend(backend), FlopCounterMode(display=False) as forward:
             y = layer(x)
         with FlopCounterMode(display=False) as backward:
             y.sum().backward()

@@ -26,7 +26,7 @@ CONFIG = FDConfig(kernel_num=4)
 
 def modulated(model: nn.Module, x: Tensor) -> nn.Module:
     """The model settled and converted, with modulation far from neutral, in float64."""
-    fdsurgery.settle_(model, x)
+    fdsurgery.testing.settle_(model, x)
     return stir(fdsurgery.convert(model, example_inputs=x)).double().eval()
 
 
@@ -235,7 +235,7 @@ def test_refusals_change_nothing() -> None:
 
 def test_a_prepared_model_is_folded_already() -> None:
     x = torch.randn(2, 3, 32, 32)
-    model = fdsurgery.settle_(timm.create_model("test_resnet"), x)
+    model = fdsurgery.testing.settle_(timm.create_model("test_resnet"), x)
     model, x = stir(fdsurgery.convert(model)).double(), x.double()
     expected = model(x).detach()
     fast = fdsurgery.compile_for_inference(model)
@@ -249,7 +249,7 @@ def test_a_prepared_model_is_folded_already() -> None:
 @torch.no_grad()
 def test_a_folded_model_is_saved_and_loaded(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 32, 32)
-    model = fdsurgery.settle_(timm.create_model("test_resnet"), x)
+    model = fdsurgery.testing.settle_(timm.create_model("test_resnet"), x)
     stir(fdsurgery.convert(model))
     expected = fdsurgery.fuse_norms(model)(x)
     fdsurgery.save(model, tmp_path / "timm")

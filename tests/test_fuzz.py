@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import fdsurgery
-from fdsurgery import Plan, Source, SurgeryError
+from fdsurgery import ModelSource, Plan, SurgeryError
 from fdsurgery.recipe import parse_recipe, shipped_recipes
 
 FORBIDDEN = (
@@ -178,7 +178,7 @@ def timm_document(folder: Path) -> None:
 def torchvision_document(folder: Path) -> None:
     model = torchvision.models.shufflenet_v2_x0_5(num_classes=3)
     fdsurgery.convert(model, "generic", example_inputs=torch.randn(2, 3, 64, 64), kernel_num=4)
-    fdsurgery.save(model, folder, source=Source("torchvision", "shufflenet_v2_x0_5", {"num_classes": 3}))
+    fdsurgery.save(model, folder, source=ModelSource("torchvision", "shufflenet_v2_x0_5", {"num_classes": 3}))
 
 
 def small_config() -> Any:

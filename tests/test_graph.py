@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 import fdsurgery
 from fdconv import FDConv2d, FDLinear
-from fdsurgery import PlanError, RewriteError, UnsupportedModelError
+from fdsurgery import PlanError, RewriteError, UnsupportedModelError, convert
 from fdsurgery.operators.fdconv import FDConvOperator
 from fdsurgery.rewrite import graph as rewriter
-from fdsurgery.rewrite.graph import convert, layer_calls, modules_from_calls
+from fdsurgery.rewrite.graph import layer_calls, modules_from_calls
 from fdsurgery.verification import relative_error
 
 DYNAMIC = (FDConv2d, FDLinear)
@@ -73,7 +73,7 @@ def extracted(model: nn.Module, x: Tensor) -> fx.GraphModule:
 def functional_model() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 12, 12)
-    return fdsurgery.settle_(Functional(), x), x
+    return fdsurgery.testing.settle_(Functional(), x), x
 
 
 def state(graph_module: fx.GraphModule) -> tuple[Any, ...]:
@@ -466,7 +466,7 @@ def test_both_rewriters_agree(name: str) -> None:
     torch.manual_seed(0)
     model = MODELS[name]()
     x = torch.randn(2, 3, *((56, 56) if name == "timm swin" else (64, 64)))
-    fdsurgery.settle_(model, x)
+    fdsurgery.testing.settle_(model, x)
     plan = fdsurgery.plan(model, "generic", example_inputs=x)
     tree = fdsurgery.apply(plan, copy.deepcopy(model))
     graph_module = fdsurgery.apply(plan, modules_from_calls(exported(model, x)))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fdsurgery
 from fdconv import FDConfig, FDConv2d, FDLinear
-from fdconv.prepared import PreparedModulation, prepare
+from fdconv.inference import PreparedModulation, prepare
 from fdsurgery import UnsupportedModelError
 from fdsurgery.inference import GRAPHS, Replayed
 from fdsurgery.rewrite.folded import folded_norms
@@ -289,7 +289,7 @@ def test_graphs_on_a_gpu(name: str) -> None:
 @pytest.mark.long
 def test_prepared_copies_are_copied_pickled_and_exported() -> None:
     x = torch.randn(2, 3, 32, 32)
-    model = fdsurgery.settle_(timm.create_model("test_resnet"), x)
+    model = fdsurgery.testing.settle_(timm.create_model("test_resnet"), x)
     fast = fdsurgery.compile_for_inference(stir(fdsurgery.convert(model)).double())  # in float64 as above
     x = x.double()
     expected = fast(x)

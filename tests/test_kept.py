@@ -628,7 +628,7 @@ class TestStalePlans:
         before = copy.deepcopy(model.state_dict())
         with pytest.raises(fdsurgery.PlanError) as error:
             fdsurgery.apply(plan, model)
-        assert said in str(error.value) and "plan.keeping('2'" in str(error.value)
+        assert said in str(error.value) and "plan.exclude('2'" in str(error.value)
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
     def test_a_forward_that_was_replaced_since(self) -> None:
@@ -651,7 +651,7 @@ def test_a_failing_check_names_the_layer_and_the_way_out() -> None:
     model = Reads()
     with pytest.raises(fdsurgery.RewriteError) as error:
         fdsurgery.convert(model, example_inputs=X)
-    assert "not mine" in str(error.value) and "plan.keeping(" in str(error.value)
+    assert "not mine" in str(error.value) and "plan.exclude(" in str(error.value)
     assert "example_inputs" not in str(error.value) and type(model.a) is nn.Conv2d
 
 

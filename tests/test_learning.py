@@ -119,7 +119,7 @@ def test_adamw_moves_the_weights_of_a_network_as_far(name: str, size: int) -> No
     Adam moves those alone in a plain layer, and the whole filter here.
     """
     x, target = torch.randn(4, 3, size, size), torch.randint(0, 10, (4,))
-    plain = fdsurgery.settle_(timm.create_model(name, num_classes=10), x)
+    plain = fdsurgery.testing.settle_(timm.create_model(name, num_classes=10), x)
     converted = fdsurgery.convert(copy.deepcopy(plain), recipe="generic", example_inputs=x)
     swapped = {n: m for n, m in converted.named_modules() if isinstance(m, (FDConv2d, FDLinear))}
     before = {n: plain.get_submodule(n).weight.detach().clone() for n in swapped}  # type: ignore[operator, union-attr]
@@ -215,7 +215,9 @@ def test_the_squeeze_is_drawn_at_a_size_that_does_not_matter() -> None:
 
 def test_a_folder_of_version_0_1_has_the_papers_scales(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 64, 64)
-    model = fdsurgery.convert(fdsurgery.settle_(timm.create_model("test_resnet"), x), spectrum="paper", kernel_num=8)
+    model = fdsurgery.convert(
+        fdsurgery.testing.settle_(timm.create_model("test_resnet"), x), spectrum="paper", kernel_num=8
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))

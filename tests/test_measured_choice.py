@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fdconv import functional, measured_choice, triton_kernels
-from fdconv.composite import Convolution
-from fdconv.measured_choice import Fastest
+from fdconv.gpu import autotune, common, dispatch
+from fdconv.gpu.autotune import Fastest
+from fdconv.reference import Convolution
 
 GEOMETRIES = {
     "3x3": ((3, 3), Convolution((1, 1), (1, 1), (1, 1), 1)),
@@ -22,11 +22,11 @@ GEOMETRIES = {
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
-@pytest.mark.parametrize("way", functional._fastest.ways, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", dispatch._fastest.ways, ids=lambda way: way.__name__)
 def test_the_ways_agree(way: Any, name: str) -> None:
     kernel_size, conv = GEOMETRIES[name]
-    fused = way is functional._as_one_product
-    if fused and not triton_kernels.available(torch.device("cpu")):
+    fused = way is dispatch._as_one_product
+    if fused and not common.available(torch.device("cpu")):
         pytest.skip("Triton is not at hand")
     torch.manual_seed(0)
     dtype = torch.float32 if fused else torch.float64
@@ -51,7 +51,7 @@ def test_calls_of_one_kind_are_those_of_about_one_size() -> None:
 
     def kind(batch: int, size: int, channels: int = 5, dtype: torch.dtype = torch.float32) -> Any:
         x = torch.empty(batch, channels, size, size, dtype=dtype)
-        return functional._kind(x, torch.empty(batch, 7, channels, 3, 3, dtype=dtype), conv)
+        return dispatch._kind(x, torch.empty(batch, 7, channels, 3, 3, dtype=dtype), conv)
 
     assert kind(3, 28) == kind(4, 30)
     assert len({kind(4, 28), kind(5, 28), kind(4, 56), kind(4, 28, 6), kind(4, 28, 5, torch.bfloat16)}) == 5
@@ -67,7 +67,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(call().name)
         return len(names[-1])
 
-    monkeypatch.setattr(measured_choice, "milliseconds", milliseconds)
+    monkeypatch.setattr(autotune, "milliseconds", milliseconds)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return names
 
@@ -97,13 +97,13 @@ def test_the_fastest_serves_and_is_measured_once_a_key(measured: list[str]) -> N
 
 def test_threads_measure_once(measured: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     choice = fastest("long", "a")
-    milliseconds, everybody = measured_choice.milliseconds, threading.Barrier(3)
+    milliseconds, everybody = autotune.milliseconds, threading.Barrier(3)
 
     def slowly(call: Any) -> float:
         time.sleep(0.05)
         return milliseconds(call)
 
-    monkeypatch.setattr(measured_choice, "milliseconds", slowly)
+    monkeypatch.setattr(autotune, "milliseconds", slowly)
 
     def work() -> None:
         everybody.wait()
@@ -142,6 +142,6 @@ def test_nothing_is_measured_where_it_must_not(measured: list[str], monkeypatch:
 def test_a_choice_on_a_gpu() -> None:
     conv = GEOMETRIES["3x3"][1]
     x, weight = torch.randn(4, 16, 14, 14, device="cuda"), torch.randn(4, 32, 16, 3, 3, device="cuda")
-    found: Tensor = functional._triton_per_sample(x, weight, conv)
-    torch.testing.assert_close(found, functional._as_groups(x, weight, conv), rtol=1e-3, atol=1e-3)
-    assert functional._kind(x, weight, conv) in functional._fastest.chosen
+    found: Tensor = dispatch._triton_per_sample(x, weight, conv)
+    torch.testing.assert_close(found, dispatch._as_groups(x, weight, conv), rtol=1e-3, atol=1e-3)
+    assert dispatch._kind(x, weight, conv) in dispatch._fastest.chosen

@@ -164,7 +164,7 @@ def test_a_recipe_alone_finds_the_model(tmp_path: Path) -> None:
 def settled(spec: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     model, x = timm.create_model(spec), torch.randn(2, 3, 64, 64)
-    return fdsurgery.settle_(model, x), x
+    return fdsurgery.testing.settle_(model, x), x
 
 
 def save_sharded(state: State, folder: Path, count: int, suffix: str = ".safetensors") -> None:
@@ -266,7 +266,7 @@ def test_three_checkpoints_travel_there_and_back(name: str, tmp_path: Path) -> N
     cases["official"] = (theirs, x, tmp_path / "official.pth", f"timm:{name}")
 
     torch.manual_seed(0)
-    segformer = fdsurgery.settle_(small_segformer(), x)
+    segformer = fdsurgery.testing.settle_(small_segformer(), x)
     segformer.save_pretrained(tmp_path / "segformer")
     cases["transformers"] = (segformer, x, tmp_path / "segformer", f"hf:{tmp_path / 'segformer'}")
 
@@ -334,7 +334,7 @@ def mit(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Tensor, st
     folder = tmp_path_factory.mktemp("mit")
     torch.manual_seed(0)
     model, x = small_segformer(), torch.randn(2, 3, 64, 64)
-    fdsurgery.settle_(model, x)
+    fdsurgery.testing.settle_(model, x)
     encoder = transformers.SegformerModel(model.config).eval()
     encoder.load_state_dict({k[10:]: v for k, v in model.state_dict().items() if k.startswith("segformer.")})
     encoder.config.architectures = ["SegformerModel"]
@@ -381,7 +381,7 @@ def test_other_transformers_models_go_to_their_names_and_back(family: str, tmp_p
     build, names = THEIR_NAMES[family]
     torch.manual_seed(0)
     model, x = build(), torch.randn(2, 3, 64, 64)
-    fdsurgery.settle_(model, x).save_pretrained(tmp_path / "plain")
+    fdsurgery.testing.settle_(model, x).save_pretrained(tmp_path / "plain")
     spec = f"hf:{tmp_path / 'plain'}"
     theirs = converted(tmp_path / "plain", tmp_path / "theirs.pth", to="official")
     assert theirs.keys() >= set(names)
@@ -403,11 +403,13 @@ def test_an_official_vit_is_read_by_timm(tmp_path: Path) -> None:
         "import timm\ndef build():\n    return timm.create_model('deit_tiny_patch16_224', img_size=64, num_classes=0)\n"
     )
     spec, x = f"{tmp_path / 'models.py'}:build", torch.randn(2, 3, 64, 64)
-    theirs = official(fdsurgery.convert(fdsurgery.settle_(plain, x), band_mask="interpolated", spectrum="paper"))
+    theirs = official(
+        fdsurgery.convert(fdsurgery.testing.settle_(plain, x), band_mask="interpolated", spectrum="paper")
+    )
     theirs.reset_classifier(0)
     torch.save({"state_dict": in_mmseg_names(official_state(theirs))}, tmp_path / "official.pth")
     convert_checkpoint(tmp_path / "official.pth", tmp_path / "ours", model=spec, recipe="vit")
-    ours = fdsurgery.load(tmp_path / "ours", model=fdsurgery.sources.build(spec, pretrained=False)[0])
+    ours = fdsurgery.load(tmp_path / "ours", model=fdsurgery.saving.source.build(spec, pretrained=False)[0])
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
 
 
@@ -546,13 +548,15 @@ def test_tied_layers_come_once_or_under_every_name(tmp_path: Path) -> None:
         "    return nn.Sequential(nn.Conv2d(3, 32, 3), shared, nn.ReLU(), shared)\n"
     )
     spec = f"{tmp_path / 'models.py'}:build"
-    model = fdsurgery.sources.build(spec, pretrained=False)[0]
+    model = fdsurgery.saving.source.build(spec, pretrained=False)[0]
     state = model.state_dict()
     once = {name: value for name, value in state.items() if not name.startswith("3.")}
     for number, content in enumerate((state, once)):
         torch.save(content, tmp_path / f"{number}.pth")
         convert_checkpoint(tmp_path / f"{number}.pth", tmp_path / f"out{number}", model=spec)
-        loaded = fdsurgery.load(tmp_path / f"out{number}", model=fdsurgery.sources.build(spec, pretrained=False)[0])
+        loaded = fdsurgery.load(
+            tmp_path / f"out{number}", model=fdsurgery.saving.source.build(spec, pretrained=False)[0]
+        )
         assert loaded[1] is loaded[3] and isinstance(loaded[1], FDConv2d)
         x = torch.randn(1, 3, 16, 16)
         torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-5)

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 import fdsurgery
 from fdconv import FDConv2d, FDLinear
-from fdsurgery.adapters import registration
+from fdsurgery.integrations.peft import registration
 from fdsurgery.verification import relative_error
 
 peft = pytest.importorskip("peft")
 
-from fdsurgery.adapters.lora import BesideDynamic  # noqa: E402  imports peft
+from fdsurgery.integrations.peft.lora import BesideDynamic  # noqa: E402  imports peft
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -50,7 +50,7 @@ def converted(name: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 64, 64)
     model = small_vit() if name == "hf vit" else timm.create_model(name, **({"img_size": 64} if "vit" in name else {}))
-    model = fdsurgery.convert(fdsurgery.settle_(model, x))
+    model = fdsurgery.convert(fdsurgery.testing.settle_(model, x))
     randomise_modulation(model)
     return model, x
 

@@ -25,8 +25,8 @@ from benchmarks import zoo
 from fdconv import FDConv2d, FDLinear
 from fdsurgery import CheckpointError
 from fdsurgery.discovery import observe
-from fdsurgery.huggingface.description import NOTICE, describe
 from fdsurgery.recipe import parse_recipe
+from fdsurgery.saving.description import NOTICE, describe
 
 Inputs = dict[str, Tensor]
 
@@ -514,7 +514,7 @@ def test_the_card_claims_nothing_that_is_not_so(tmp_path: Path) -> None:
     model, inputs = MODELS["vit"]()
     before = copy.deepcopy(model)
     plan = fdsurgery.plan(model, example_inputs=inputs)
-    first = plan.keeping("*.1.*", because="later")
+    first = plan.exclude("*.1.*", reason="later")
     fdsurgery.apply(first, model)
     checked = fdsurgery.verify(before, model, inputs)
     with pytest.raises(CheckpointError, match=r"the plan is not that of this model: 2 dynamic layers differ, 'vit\."):
@@ -620,7 +620,7 @@ def test_folders_of_save_and_other_models_go_their_way(tmp_path: Path) -> None:
 
     timm_model, x = CASES["timm resnet18"].settled()
     trained_a_little(fdsurgery.convert(timm_model, example_inputs=x))
-    fdsurgery.save_pretrained(timm_model, tmp_path / "timm", source=fdsurgery.Source("timm", "resnet18"))
+    fdsurgery.save_pretrained(timm_model, tmp_path / "timm", source=fdsurgery.ModelSource("timm", "resnet18"))
     assert sorted(os.listdir(tmp_path / "timm")) == ["fdsurgery.json", "model.safetensors"]
     with torch.no_grad():
         assert torch.equal(fdsurgery.from_pretrained(tmp_path / "timm", device="cpu")(x), timm_model(x))

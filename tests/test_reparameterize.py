@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import fdsurgery
 from fdconv import FDConv2d, FDLinear
-from fdconv.lazy import WeightReadError
+from fdconv.weight_reads import WeightReadError
 from fdsurgery.rewrite.folded import folded_norms
 from fdsurgery.verification import relative_error
 
@@ -61,7 +61,7 @@ def dynamic(model: nn.Module) -> int:
 @torch.no_grad()
 def modulated(model: nn.Module, x: Tensor) -> nn.Module:
     """Converted, with modulation that tells, and statistics that follow it."""
-    fdsurgery.settle_(model, x)
+    fdsurgery.testing.settle_(model, x)
     model = stir(fdsurgery.convert(model, example_inputs=x)).train()
     for _ in range(5):
         model(x)
@@ -115,7 +115,7 @@ def test_timm_models(name: str) -> None:
         right_or_refused(act, model, x, expected)
     # The remedy: first this, then that.
     x = x.float()
-    fdsurgery.settle_(plain, x)
+    fdsurgery.testing.settle_(plain, x)
     expected = first(plain(x))
     converted = fdsurgery.convert(reparameterize_model(plain), example_inputs=x)
     assert dynamic(converted) and relative_error(first(converted(x)), expected) < 1e-3

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fdconv import FDConfig, FDConv2d, FDLinear, cpu, sample_loop
+from fdconv import FDConfig, FDConv2d, FDLinear
+from fdconv.cpu import sample_loop, workspace
 
 CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "3x3": (lambda: FDConv2d(24, 40, 3, padding=1, config=FDConfig(kernel_num=7)), (5, 24, 9, 11)),
@@ -61,8 +62,8 @@ def test_it_agrees_with_whole_batches(name: str, chunk: int, block: int, monkeyp
     layer = randomised(build().double())
     x = torch.randn(shape, dtype=torch.float64)
     monkeypatch.setattr(sample_loop, "CHUNK", chunk)
-    monkeypatch.setattr(cpu, "BLOCK", block)
-    for buffer in cpu.buffer.held.values():
+    monkeypatch.setattr(workspace, "BLOCK", block)
+    for buffer in workspace.buffer.held.values():
         buffer.fill_(torch.nan)  # nothing is read that was not written
     looped = results(layer, x)
     monkeypatch.setattr(sample_loop, "serves", lambda *_: False)
@@ -135,7 +136,7 @@ def test_frozen_parameters_and_inputs_get_no_gradient() -> None:
 def test_buffers_serve_after_inference_mode_and_in_threads() -> None:
     build, shape = CASES["3x3"]
     layer, x = randomised(build()), torch.randn(shape)
-    cpu.buffer.held.clear()
+    workspace.buffer.held.clear()
     with torch.inference_mode():
         layer(x)
     expected = results(layer, x)["y"]

@@ -88,7 +88,7 @@ def entered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def models() -> tuple[nn.Module, nn.Module, Tensor]:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 64, 64)
-    before = fdsurgery.settle_(timm.create_model("test_resnet", num_classes=10), x)
+    before = fdsurgery.testing.settle_(timm.create_model("test_resnet", num_classes=10), x)
     return before, fdsurgery.convert(copy.deepcopy(before), parse_recipe(TEXT), example_inputs=x), x
 
 

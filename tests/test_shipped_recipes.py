@@ -8,7 +8,7 @@ import torch
 import fdsurgery
 from fdsurgery.recipe import load_recipe, shipped_recipes
 from fdsurgery.recipe.rules import Figures
-from fdsurgery.sources import SourceError, build
+from fdsurgery.saving.source import SourceError, build
 
 BASES = {"ffn", "generic"}
 RECIPES = {name: load_recipe(name) for name in shipped_recipes()}

@@ -23,8 +23,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fdconv
 import fdsurgery
-from fdconv import FDConfig, FDConv2d, FDLinear, cpu_kernels
-from fdconv.composite import Convolution, per_sample, sample_weights
+from fdconv import FDConfig, FDConv2d, FDLinear
+from fdconv.cpu import kernels
+from fdconv.reference import Convolution, per_sample, sample_weights
 
 SMALL = FDConfig(kernel_num=5, min_attention_channels=3, bands=(2, 4), norm="rms")
 KINDS: dict[str, Callable[..., nn.Module]] = {
@@ -40,7 +41,7 @@ KINDS: dict[str, Callable[..., nn.Module]] = {
     "linear without bias": lambda **kw: nn.Linear(4, 6, bias=False, **kw),
 }
 every_kind = pytest.mark.parametrize("kind", list(KINDS))
-BACKENDS = ["torch", *([] if cpu_kernels.reason_missing() else ["cpp"])]
+BACKENDS = ["torch", *([] if kernels.reason_missing() else ["cpp"])]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -75,11 +76,8 @@ def image(kind: str, batch: int = 3) -> Tensor:
 
 @contextlib.contextmanager
 def using(backend: Any) -> Iterator[None]:
-    before = fdconv.set_backend(backend)
-    try:
+    with fdconv.set_backend(backend):
         yield
-    finally:
-        fdconv.set_backend(before)
 
 
 Answer = dict[str, Tensor]

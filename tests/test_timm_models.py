@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 import fdsurgery
 from fdconv import FDConv2d, FDLinear
-from fdsurgery.timm_models import __main__ as script_runner
-from fdsurgery.timm_models import factory, registration
+from fdsurgery.integrations.timm import __main__ as script_runner
+from fdsurgery.integrations.timm import factory, registration
 from fdsurgery.verification import relative_error
 
 FAMILIES = ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_nfnet"]
@@ -47,7 +47,7 @@ def x() -> Tensor:
 
 def plain_model(name: str, x: Tensor, **more: Any) -> nn.Module:
     torch.manual_seed(1)
-    return fdsurgery.settle_(timm.create_model(name, **arguments(name), **more), x)
+    return fdsurgery.testing.settle_(timm.create_model(name, **arguments(name), **more), x)
 
 
 def saved(model: nn.Module, path: Path) -> str:
@@ -121,7 +121,7 @@ def test_the_tag_chooses_the_weights_and_the_config(registered_toy: Any, x: Tens
     weights = {}
     for seed in (1, 2):  # where timm would have put what it downloads
         torch.manual_seed(seed)
-        weights[seed] = fdsurgery.settle_(registered_toy.toy_resnet(num_classes=5), x)
+        weights[seed] = fdsurgery.testing.settle_(registered_toy.toy_resnet(num_classes=5), x)
         saved(weights[seed], tmp_path / f"toy-{seed}.pth")
     for name, seed in (("toy_resnet", 1), ("toy_resnet.one", 1), ("toy_resnet.two", 2)):
         model = timm.create_model(f"{name}.fdconv", pretrained=True, cache_dir=str(tmp_path))
@@ -366,7 +366,7 @@ def test_a_folder_of_fdsurgery_as_a_local_dir(x: Tensor, tmp_path: Path, monkeyp
     assert {layer.config.kernel_num for layer in dynamic(fresh)} == {8}
     assert not torch.equal(outputs(fresh, x), outputs(model, x))
 
-    hf = fdsurgery.Source("torchvision", "resnet18")
+    hf = fdsurgery.ModelSource("torchvision", "resnet18")
     description = json.loads((tmp_path / "saved" / "fdsurgery.json").read_text())
     (tmp_path / "saved" / "fdsurgery.json").write_text(json.dumps({**description, "source": hf.to_dict()}))
     with pytest.raises(fdsurgery.CheckpointError, match="a model of torchvision, resnet18"):
@@ -465,7 +465,7 @@ def run_script(tmp_path: Path, *command: str) -> str:
     (tmp_path / "helper.py").write_text("WORD = 'trained'")  # scripts import what lies beside them
     script = [str(tmp_path / "train.py"), "--model", "test_resnet.fdconv"]
     run = subprocess.run(
-        [sys.executable, *command, "-m", "fdsurgery.timm_models", *script], capture_output=True, text=True
+        [sys.executable, *command, "-m", "fdsurgery.integrations.timm", *script], capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
     return run.stdout
@@ -516,7 +516,7 @@ def test_timms_own_scripts(tmp_path: Path) -> None:
     training += ["--opt", "adamw", "--warmup-epochs", "0", "--cooldown-epochs", "0", "--log-interval", "1"]
 
     def run(script: str, *more: str) -> str:
-        command = [sys.executable, "-m", "fdsurgery.timm_models", str(scripts / script), str(tmp_path / "data")]
+        command = [sys.executable, "-m", "fdsurgery.integrations.timm", str(scripts / script), str(tmp_path / "data")]
         run = subprocess.run([*command, *common, *more], capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         return run.stdout + run.stderr

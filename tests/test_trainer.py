@@ -204,7 +204,7 @@ def _pair(name: str) -> tuple[Any, Any, list[Item]]:
     task = TASKS[name]
     samples = task.samples()
     plain = task.build()
-    fdsurgery.settle_(plain, collate(samples)["pixel_values"])
+    fdsurgery.testing.settle_(plain, collate(samples)["pixel_values"])
     example = {"pixel_values": collate(samples)["pixel_values"]}
     return plain, fdsurgery.convert(copy.deepcopy(plain), example_inputs=example, kernel_num=8), samples
 
@@ -554,7 +554,7 @@ def without_batch_statistics() -> tuple[Any, list[Item]]:
     task = TASKS["convnextv2"]
     samples = [{**sample, "pixel_values": sample["pixel_values"].double()} for sample in task.samples()]
     model = task.build().double()
-    fdsurgery.settle_(model, collate(samples)["pixel_values"])
+    fdsurgery.testing.settle_(model, collate(samples)["pixel_values"])
     example = {"pixel_values": collate(samples)["pixel_values"]}
     model = fdsurgery.convert(model, example_inputs=example, kernel_num=8, norm="rms")
     with torch.no_grad():  # away from neutral, where the gradients of most modulation are zero

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import fdsurgery
-from fdconv import FDConfig, FDConv2d, FDLinear, bands, functional, sample_loop
+from fdconv import FDConfig, FDConv2d, FDLinear, bands, functional
+from fdconv.cpu import sample_loop
 from fdsurgery.verification import relative_error
 
 
@@ -60,7 +61,7 @@ SWAPPED = (2, 5, 9)
 def converted(moved: bool = True, **settings: Any) -> nn.Module:
     """The net with its inner layers swapped, and away from neutral."""
     model = plain()
-    fdsurgery.settle_(model, torch.randn(4, 3, 17, 17))
+    fdsurgery.testing.settle_(model, torch.randn(4, 3, 17, 17))
     config = FDConfig(kernel_num=8, **settings)
     for position in SWAPPED:
         old: Any = model[position]
@@ -223,7 +224,7 @@ def moved(model: nn.Module) -> nn.Module:
 def test_a_process_killed_while_it_saves_leaves_the_old_or_the_new(kind: str, tmp_path: Path) -> None:
     """At any step, and on; training goes on from what is there, and saves again."""
     if kind == "save":
-        old, source = converted(), fdsurgery.Source("file", "models.py:build")
+        old, source = converted(), fdsurgery.ModelSource("file", "models.py:build")
         folder = tmp_path / "saved"
 
         def save(model: nn.Module) -> object:

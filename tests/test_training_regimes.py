@@ -28,7 +28,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import fdsurgery
-from fdconv import FDConfig, FDConv2d, FDLinear, bands, sample_loop
+from fdconv import FDConfig, FDConv2d, FDLinear, bands
+from fdconv.cpu import sample_loop
 
 Results = dict[str, Tensor]
 

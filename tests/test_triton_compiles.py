@@ -12,6 +12,7 @@ of its own: `python tests/test_triton_compiles.py 90 [--all]` prints a line of J
 from __future__ import annotations
 
 import argparse
+import importlib
 import inspect
 import itertools
 import json
@@ -55,12 +56,12 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def scale(ratio: int, group_dtype: torch.dtype, d1: int = 96, d2: int = 94, batch: int = 8) -> None:
-    from fdconv import triton_kernels
+    from fdconv.gpu.scale import _scale_spectrum, _scale_spectrum_backward
 
     spectra, group = meta(ratio, d1, d2 // 2 + 1, 2), meta(d1, d2 // 2 + 1, dtype=group_dtype)
     kernel = meta(batch, ratio * 64)
-    triton_kernels._scale_spectrum(spectra, group, kernel, 1.0, 1.4, d2)
-    triton_kernels._scale_spectrum_backward(meta(batch, *spectra.shape[1:]), spectra, group, kernel, 1.0, 1.4, d2)
+    _scale_spectrum(spectra, group, kernel, 1.0, 1.4, d2)
+    _scale_spectrum_backward(meta(batch, *spectra.shape[1:]), spectra, group, kernel, 1.0, 1.4, d2)
 
 
 def modulate(
@@ -72,15 +73,15 @@ def modulate(
     missing: tuple[str, ...] = (),
     batch: int = 8,
 ) -> None:
-    from fdconv import triton_kernels
+    from fdconv.gpu.modulate import _modulate, _modulate_backward
 
     k, each = kernel_size, channels // groups
     image = meta(batch, channels * k, each * k)
     shapes = ((batch, channels), (channels * k * k, taps), (batch, channels), (batch, channels), (batch, k * k))
     factors = [None if name in missing else meta(*shape) for name, shape in zip(FACTORS, shapes, strict=True)]
-    triton_kernels._modulate(image, *factors, k, k, groups, "sigmoid", dtype)
+    _modulate(image, *factors, k, k, groups, "sigmoid", dtype)
     grad = meta(batch, channels, each, k, k, dtype=dtype)
-    triton_kernels._modulate_backward(grad, image, *factors, k, k, groups, "sigmoid")
+    _modulate_backward(grad, image, *factors, k, k, groups, "sigmoid")
 
 
 def conv(
@@ -94,12 +95,17 @@ def conv(
     dilation: int = 1,
     batch: int = 8,
 ) -> None:
-    from fdconv import triton_kernels
+    from fdconv.gpu.conv import _conv
 
     x = meta(batch, channels_in, size, size, dtype=dtype)
     weight = meta(batch, channels_out, channels_in // groups, kernel_size, kernel_size, dtype=dtype)
     padding = dilation * (kernel_size // 2)
-    triton_kernels._conv(x, weight, [stride] * 2, [padding] * 2, [dilation] * 2, groups)
+    _conv(x, weight, [stride] * 2, [padding] * 2, [dilation] * 2, groups)
+
+
+def tuned_kernel(name: str) -> Any:
+    """The kernel that is called so, e.g. `_scale_kernel` of `fdconv/gpu/scale.py`."""
+    return getattr(importlib.import_module(f"fdconv.gpu{name.replace('_', '.')}"), f"{name}_kernel")
 
 
 CALLS = {call.__name__: call for call in (scale, modulate, conv)}
@@ -205,7 +211,7 @@ def stand_in(architecture: int, launched: Callable[[Any, dict[str, Any]], None])
 
 def compile_all(architecture: int, chosen: Iterator[Case]) -> None:
     """Print a report of every kernel that these cases launch."""
-    from fdconv import triton_kernels, triton_tuning
+    from fdconv.gpu import tuning
 
     known = set()
     case: Case = {}
@@ -217,8 +223,8 @@ def compile_all(architecture: int, chosen: Iterator[Case]) -> None:
             print(json.dumps(report(kernel, folder) | {"case": str(case), "sizes": sizes}), flush=True)
 
     stand_in(architecture, launched)
-    triton_tuning.milliseconds = lambda call: call() or 1.0
-    tuners = [getattr(triton_kernels, f"{name}_kernel").tuner for name in TUNED]
+    tuning.milliseconds = lambda call: call() or 1.0
+    tuners = [tuned_kernel(name).tuner for name in TUNED]
     with tempfile.TemporaryDirectory() as folder:
         for case in chosen:
             for tuner in tuners:  # measures again, what it measured under the same key too
@@ -230,11 +236,11 @@ def compile_all(architecture: int, chosen: Iterator[Case]) -> None:
 
 def count_asked(architecture: int) -> None:
     """Print how many candidates are measured for one call."""
-    from fdconv import triton_tuning
+    from fdconv.gpu import tuning
 
     asked = []
     stand_in(architecture, lambda kernel, arguments: None)
-    triton_tuning.milliseconds = lambda call: asked.append(call()) or 1.0
+    tuning.milliseconds = lambda call: asked.append(call()) or 1.0
     scale(1, torch.uint8)
     print(json.dumps(len(asked)))
 
@@ -279,14 +285,13 @@ def test_kernels_compile_and_fit(kernels: list[dict[str, Any]]) -> None:
 
 
 def test_every_candidate_is_compiled(kernels: list[dict[str, Any]]) -> None:
-    from fdconv import triton_kernels
 
     for name in TUNED:
         variants: dict[str, set[str]] = {}
         for one in kernels:
             if one["kernel"] == f"{name}_kernel":
                 variants.setdefault(one["case"], set()).add(str([one[key] for key in ("sizes", "warps", "stages")]))
-        candidates = getattr(triton_kernels, f"{name}_kernel").candidates
+        candidates = tuned_kernel(name).candidates
         assert max(map(len, variants.values())) == len(candidates), (name, variants)
 
 

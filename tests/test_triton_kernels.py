@@ -20,7 +20,8 @@ pytest.importorskip("triton")
 
 import test_fdconv_golden as golden  # noqa: E402
 
-from fdconv import FDConfig, FDConv2d, set_backend, triton_kernels, triton_tuning  # noqa: E402
+from fdconv import FDConfig, FDConv2d, set_backend  # noqa: E402
+from fdconv.gpu import common, conv, modulate, scale, tuning  # noqa: E402
 from fdconv.official import load_layer  # noqa: E402
 from fdconv.spectrum import frequency_groups, group_dtype, image_to_weight  # noqa: E402
 
@@ -31,14 +32,14 @@ def _skip_where_numpy_is_too_new() -> None:
     """The interpreter of older Triton turns arrays of one element into numbers, which NumPy 2.4 no longer does."""
     one = torch.ones(1, 1, 1, 2)
     try:
-        triton_kernels.scale_spectrum(one, one[0, ..., 0].byte() - 1, one[0, 0, :, :1], 1.0, 1.5, 1)
+        scale.scale_spectrum(one, one[0, ..., 0].byte() - 1, one[0, 0, :, :1], 1.0, 1.5, 1)
     except Exception as error:
         if "only 0-dimensional arrays can be converted to Python scalars" not in str(error):
             raise
         pytest.skip("this Triton's interpreter needs NumPy below 2.4", allow_module_level=True)
 
 
-if not CUDA and triton_kernels.available(DEVICE):
+if not CUDA and common.available(DEVICE):
     _skip_where_numpy_is_too_new()
 
 NAMES = ("image", "context", "filters", "channel", "filter_", "spatial")
@@ -105,7 +106,7 @@ def check_scale(d1: int, d2: int, ratio: int, kernel_num: int, batch: int, dtype
     group = frequency_groups(d1, d2, kernel_num).to(DEVICE, dtype or group_dtype(kernel_num))
     inputs: Tensors = [draw(ratio, d1, d2 // 2 + 1, 2), draw(batch, ratio * kernel_num)]
     check(
-        lambda spectra, kernel: triton_kernels.scale_spectrum(spectra, group, kernel, 1.5, 1.3, d2),
+        lambda spectra, kernel: scale.scale_spectrum(spectra, group, kernel, 1.5, 1.3, d2),
         lambda spectra, kernel: scale_twin(spectra, group, kernel, 1.5, 1.3, d2),
         inputs,
         grad_tolerance=1e-5,
@@ -132,7 +133,7 @@ def test_scale_any_group_map() -> None:
     """The groups need not be rings: a map drawn at random, that leaves groups out too."""
     group = torch.randint(2, 7, (18, 40), dtype=torch.uint8, device=DEVICE)
     check(
-        lambda spectra, kernel: triton_kernels.scale_spectrum(spectra, group, kernel, 0.5, 1.0, 78),
+        lambda spectra, kernel: scale.scale_spectrum(spectra, group, kernel, 0.5, 1.0, 78),
         lambda spectra, kernel: scale_twin(spectra, group, kernel, 0.5, 1.0, 78),
         [draw(1, 18, 40, 2), draw(2, 9)],
         grad_tolerance=1e-5,
@@ -141,7 +142,7 @@ def test_scale_any_group_map() -> None:
 
 @pytest.mark.parametrize("programs", [1, 3])
 def test_scale_programs_with_several_samples(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_kernels, "PROGRAMS", programs)  # 5 samples: 5 for one program; 2, 2 and 1 for three
+    monkeypatch.setattr(common, "PROGRAMS", programs)  # 5 samples: 5 for one program; 2, 2 and 1 for three
     check_scale(6, 8, 1, 4, 5)
 
 
@@ -149,7 +150,7 @@ def test_scale_programs_with_several_samples(programs: int, monkeypatch: pytest.
 def test_scale_layouts(layout: Any) -> None:
     group = frequency_groups(7, 10, 4).to(DEVICE)
     check(
-        lambda spectra, kernel: triton_kernels.scale_spectrum(spectra, layout(group), kernel, 1.0, 0.7, 11),
+        lambda spectra, kernel: scale.scale_spectrum(spectra, layout(group), kernel, 1.0, 0.7, 11),
         lambda spectra, kernel: scale_twin(spectra, group, kernel, 1.0, 0.7, 11),
         [layout(draw(2, 7, 6, 2)), layout(draw(3, 8))],
         grad_tolerance=1e-5,
@@ -210,7 +211,7 @@ def check_modulate(
 ) -> None:
     settings: dict[str, Any] = {"kernel_size": kernel_size, "groups": groups, "activation": activation}
     check(
-        lambda *x: triton_kernels.modulate(*x, **settings, dtype=dtype),
+        lambda *x: modulate.modulate(*x, **settings, dtype=dtype),
         lambda *x: modulate_twin(*x, **settings),
         inputs,
         tolerance={torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype],
@@ -274,7 +275,7 @@ def test_modulate_filters_of_another_dtype() -> None:
     inputs[2] = filters.detach().bfloat16().requires_grad_()
     settings: dict[str, Any] = {"kernel_size": (3, 3), "groups": 1, "activation": "sigmoid"}
     exact = modulate_twin(*(None if x is None else x.detach().double() for x in inputs), **settings)
-    ours = triton_kernels.modulate(*inputs, **settings, dtype=torch.float32)  # type: ignore[arg-type]
+    ours = modulate.modulate(*inputs, **settings, dtype=torch.float32)  # type: ignore[arg-type]
     assert_same(ours, exact)
     (grad,) = torch.autograd.grad(ours.sum(), inputs[2])  # type: ignore[arg-type]
     assert grad.dtype == torch.bfloat16
@@ -319,10 +320,10 @@ def test_both_make_a_layers_weight(ratio: int, groups: int) -> None:
     )
     norm = layer.KSM_Local.norm
     context = F.layer_norm(context, (10,), norm.weight, norm.bias, norm.eps)
-    spectrum = triton_kernels.scale_spectrum(
+    spectrum = scale.scale_spectrum(
         layer.dft_weight.float().to(DEVICE), layer.frequency_group.to(DEVICE), kernel, *layer._scale(), 10 // groups * 2
     )
-    weight = triton_kernels.modulate(
+    weight = modulate.modulate(
         torch.fft.irfft2(torch.view_as_complex(spectrum), s=(18, 10 // groups * 2)),
         context.float().to(DEVICE),
         layer.KSM_Local.conv.weight.flatten(1).float().to(DEVICE),
@@ -350,7 +351,7 @@ def check_conv(
     tolerance: float = 5e-6,
 ) -> None:
     check(
-        lambda x, weight: triton_kernels.conv2d_per_sample(x, weight, stride, padding, dilation, groups),
+        lambda x, weight: conv.conv2d_per_sample(x, weight, stride, padding, dilation, groups),
         lambda x, weight: torch.stack(
             [F.conv2d(*one, None, stride, padding, dilation, groups) for one in zip(x, weight, strict=True)]
         ),
@@ -404,15 +405,15 @@ def test_conv_layouts(layout: Any) -> None:
 def test_conv_keeps_samples_apart(which: str) -> None:
     """What overflowed in one sample reaches no other, not even times zero."""
     x, weight = (t.detach() for t in (draw(3, 3, 5, 6), draw(3, 4, 3, 3, 3)))
-    expected = triton_kernels.conv2d_per_sample(x, weight, (1, 1), (1, 1), (1, 1), 1)
+    expected = conv.conv2d_per_sample(x, weight, (1, 1), (1, 1), (1, 1), 1)
     (x if which == "x" else weight)[1] = float("inf")
-    y = triton_kernels.conv2d_per_sample(x, weight, (1, 1), (1, 1), (1, 1), 1)
+    y = conv.conv2d_per_sample(x, weight, (1, 1), (1, 1), (1, 1), 1)
     torch.testing.assert_close(y[::2], expected[::2], rtol=0, atol=0)
 
 
 def test_conv_without_samples() -> None:
     x, weight = draw(0, 3, 5, 6), draw(0, 4, 3, 3, 3)
-    y = triton_kernels.conv2d_per_sample(x, weight, (1, 1), (1, 1), (1, 1), 1)
+    y = conv.conv2d_per_sample(x, weight, (1, 1), (1, 1), (1, 1), 1)
     assert y.shape == (0, 4, 5, 6)
     for x_, grad in zip((x, weight), torch.autograd.grad(y.sum(), (x, weight)), strict=True):
         assert grad.shape == x_.shape
@@ -434,9 +435,9 @@ def launch_conv(batch: int, channels: int) -> None:
 
 
 TUNED = {
-    triton_kernels._scale_kernel: launch_scale,
-    triton_kernels._modulate_kernel: launch_modulate,
-    triton_kernels._conv_kernel: launch_conv,
+    scale._scale_kernel: launch_scale,
+    modulate._modulate_kernel: launch_modulate,
+    conv._conv_kernel: launch_conv,
 }
 tuned_kernels = pytest.mark.parametrize("tuned", TUNED, ids=lambda tuned: tuned.kernel.__name__)
 
@@ -448,7 +449,7 @@ class Measured:
         self.asked = 0
         self.capturing = False
         self.launched: list[dict[str, int]] = []
-        monkeypatch.setattr(triton_tuning, "milliseconds", self.milliseconds)
+        monkeypatch.setattr(tuning, "milliseconds", self.milliseconds)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
         for tuned in TUNED:
             monkeypatch.setattr(tuned, "interpreted", False)
@@ -491,7 +492,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
 def test_every_candidate_gives_the_same_numbers(tuned: Any, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     monkeypatch.setattr(tuned, "candidates", tuned.candidates[number:])
-    if tuned is triton_kernels._conv_kernel:  # as it is, however large
+    if tuned is conv._conv_kernel:  # as it is, however large
         monkeypatch.setattr(tuned, "fit", lambda candidate, arguments: candidate)
     TUNED[tuned](2, 7)
 
@@ -598,7 +599,7 @@ def test_a_measurement_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert triton_tuning.milliseconds(call) == 2.0
+    assert tuning.milliseconds(call) == 2.0
     assert next(durations, None) is None
 
 
@@ -667,12 +668,12 @@ def test_compiles_in_one_graph() -> None:
     inputs = modulate_inputs(2, 6, 4, (3, 3), 2, 3)[1:]
 
     def function(spectra: Tensor, kernel: Tensor, x: Tensor, *factors: Tensor) -> Tensor:
-        spectrum = triton_kernels.scale_spectrum(spectra, group, kernel, 1.0, 1.3, 9)
+        spectrum = scale.scale_spectrum(spectra, group, kernel, 1.0, 1.3, 9)
         image = torch.fft.irfft2(torch.view_as_complex(spectrum), s=(12, 9))
-        weight = triton_kernels.modulate(
+        weight = modulate.modulate(
             image, *factors, kernel_size=(3, 3), groups=2, activation="sigmoid", dtype=torch.float32
         )
-        return triton_kernels.conv2d_per_sample(x, weight, (1, 1), (1, 1), (1, 1), 2)
+        return conv.conv2d_per_sample(x, weight, (1, 1), (1, 1), (1, 1), 2)
 
     arguments = [draw(1, 12, 5, 2), draw(2, 4), draw(2, 6, 5, 5), *(x for x in inputs if x is not None)]
     expected = function(*arguments)
@@ -685,7 +686,7 @@ def test_compiles_in_one_graph() -> None:
 
 
 def test_available() -> None:
-    assert triton_kernels.available(DEVICE)
+    assert common.available(DEVICE)
 
 
 def test_imports_without_triton() -> None:
@@ -693,9 +694,9 @@ def test_imports_without_triton() -> None:
 import sys
 sys.modules["triton"] = None
 import torch
-from fdconv import triton_kernels
-assert not triton_kernels.available(torch.device("cpu"))
-assert not triton_kernels.available(torch.device("cuda"))
+from fdconv.gpu import common
+assert not common.available(torch.device("cpu"))
+assert not common.available(torch.device("cuda"))
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -714,8 +715,5 @@ def test_official_layers_give_their_own_numbers(path: Any, monkeypatch: pytest.M
     monkeypatch.setattr("fdconv.functional.sample_weights", fail)
     tensors, state, config = golden.read(path)
     layer = load_layer(state, config, tensors["group_index"]).to(DEVICE)
-    before = set_backend("triton")
-    try:
+    with set_backend("triton"):
         golden.check(layer, {name: tensor.to(DEVICE) for name, tensor in tensors.items()})
-    finally:
-        set_backend(before)

@@ -99,7 +99,7 @@ def test_the_outputs_alone_would_have_seen_nothing() -> None:
 def test_influence_is_what_noise_in_the_place_of_a_layer_makes() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 96, 96)
-    model = fdsurgery.settle_(timm.create_model("test_resnet"), x)
+    model = fdsurgery.testing.settle_(timm.create_model("test_resnet"), x)
     before, after = converted(model, x)
     usual = before(x).detach()
     for layer in fdsurgery.verify(before, after, x).layers:
@@ -175,7 +175,7 @@ def test_layers_that_pad_as_tensorflow_does() -> None:
 def test_the_tolerance_follows_the_dtype(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 96, 96)
-    model = fdsurgery.settle_(timm.create_model("test_resnet"), x)
+    model = fdsurgery.testing.settle_(timm.create_model("test_resnet"), x)
     x = x.to(dtype)
     before, after = converted(model.to(dtype), x)
     right = check_that_spoiling_shows(before, after, x)
@@ -240,7 +240,9 @@ def test_wrapped_compiled_and_prepared_models() -> None:
 def test_norms_that_are_folded_in_are_seen_in_the_outputs() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 16, 16)
-    model = fdsurgery.settle_(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)), x)
+    model = fdsurgery.testing.settle_(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)), x
+    )
     before, after = converted(model, x, EVERY)
     fused = fdsurgery.fuse_norms(after, example_inputs=x)
     found = fdsurgery.verify(before, fused, x)

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations, prune
 
 import fdsurgery
 from fdconv import FDConfig, FDConv2d, FDLinear
-from fdconv.lazy import NeutralWeightWarning
+from fdconv.weight_reads import NeutralWeightWarning
 from fdsurgery.verification import relative_error
 
 PAGE = Path(__file__).parent.parent / "docs" / "weight_readers.md"
@@ -47,7 +47,7 @@ X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 def plain_net() -> nn.Module:
     torch.manual_seed(0)
-    return fdsurgery.settle_(Net(), X)
+    return fdsurgery.testing.settle_(Net(), X)
 
 
 def dynamic_net() -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fdconv import FDConv2d
-from fdconv.composite import local_gate
+from fdconv.reference import local_gate
 from fdsurgery.inspect import band_maps
 
 from ..lines import read

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from .files import Checkpoint, load_tensors, open_checkpoint
-from .fitting import MisfitError, Problem
+from .matching import MisfitError, Problem
 from .planning import CheckpointPlan, plan_checkpoint
-from .running import OnBytes, carry_out
+from .writing import OnBytes, carry_out
 
 __all__ = [
     "Checkpoint",

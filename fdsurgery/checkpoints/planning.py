@@ -24,16 +24,17 @@ from fdconv.official import (
     public_setting_obstacle,
 )
 
-from ..checkpoint import DESCRIPTION, FORMAT
 from ..errors import CheckpointError, DiscoveryError, SurgeryError, near_misses
 from ..operators import get_operator
 from ..operators.fdconv import FDConvOperator
-from ..planning import Plan, plan
+from ..plan import Plan
+from ..planning import plan
 from ..recipe import Recipe, load_recipe, matches_any
-from ..sources import SourceError
+from ..saving.folder import DESCRIPTION, FORMAT
+from ..saving.source import SourceError
 from .files import CODES, DTYPES, Checkpoint, open_checkpoint
-from .fitting import FORMS, Asked, Fit, Form, Layer, MisfitError, Piece, Problem, fit_model, form_of, squeezed
-from .names import Naming
+from .matching import FORMS, Asked, Fit, Form, Layer, MisfitError, Piece, Problem, fit_model, form_of, squeezed
+from .naming import Naming
 
 RECORD = "conversion.json"
 """In a folder that a conversion wrote: what it was."""
@@ -213,8 +214,8 @@ def plan_checkpoint(
     Args:
         source: see `open_checkpoint`.
         destination: a folder, or a `.safetensors`, `.pth`, `.pt` or `.bin` file.
-        model: SPEC of the plain model that the checkpoint is of; see `fdsurgery.sources.build`. Without it, what the
-            source's own `config.json` says, else the first timm model of the recipe that fits.
+        model: SPEC of the plain model that the checkpoint is of; see `fdsurgery.saving.source.build`. Without it,
+            what the source's own `config.json` says, else the first timm model of the recipe that fits.
         recipe: which layers of a plain checkpoint become dynamic. Checkpoints that have dynamic layers tell themselves.
         to: `ours` for `fdsurgery.load` and converted models, `official` for the authors' code: its names, and from a
             plain checkpoint what its conversion tool writes.

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from fdconv.precision import without_autocast
 
-from .twin import same_random_numbers, twin_of
+from .shadow import same_random_numbers, twin_of
 
 HOLDS_ZEROS = "holds some of its weight at zero, as masked convolutions do"
 

@@ -15,13 +15,13 @@ from torch.nn.parameter import is_lazy
 from ..errors import DiscoveryError
 from .flow import Flow, layer_input, shape_of
 from .inputs import Inputs, guesses
-from .obstacles import find_cautions, find_obstacles
 from .probe import probe
 from .record import LAYERS, record
 from .roles import find_roles
+from .shadow import has_hooks
 from .site import Kind, Layout, Role, Site
 from .trace import TRACERS, TracedBy, trace
-from .twin import has_hooks
+from .unsupported import find_cautions, find_obstacles
 
 Recorded = Literal["meta", "real"]
 Seen = Recorded | TracedBy

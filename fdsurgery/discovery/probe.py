@@ -23,8 +23,8 @@ from .inputs import Inputs
 from .ops import ACTIVATION, ELEMENTWISE, JOIN, LAYOUT, NORM
 from .positions import takes_shape
 from .record import record, tensors_in
+from .shadow import same_random_numbers, twin_of
 from .site import Site
-from .twin import same_random_numbers, twin_of
 
 MOST_MULTIPLY_ADDS = 5 * 10**10
 """Of the layers in one forward of the example inputs: some seconds on one CPU core, and a probe runs up to ten."""

@@ -24,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .inputs import Inputs
 from .ops import DROPOUT, LAYOUT, canonical_name
-from .twin import original_of, same_random_numbers, twin_of
+from .shadow import original_of, same_random_numbers, twin_of
 
 LAYERS = (nn.Conv2d, nn.Linear)
 

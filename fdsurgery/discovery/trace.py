@@ -19,7 +19,7 @@ from torch import fx, nn
 from .inputs import Inputs
 from .ops import op_name
 from .record import record
-from .twin import same_random_numbers, twin_of
+from .shadow import same_random_numbers, twin_of
 
 TracedBy = Literal["fx", "timm", "export"]
 """`fx` is `torch.fx.symbolic_trace`, `timm` the tracer of timm's feature extraction, `export` is `torch.export`."""

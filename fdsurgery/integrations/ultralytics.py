@@ -16,8 +16,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..on_import import on_import
 from ..operators import operator_of
+from .import_hook import on_import
 
 ENGINE = "ultralytics.engine.model"
 TASKS = "ultralytics.nn.tasks"

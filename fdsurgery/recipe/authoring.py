@@ -14,7 +14,7 @@ from .library import recipe_family
 from .rules import KeepRule, Recipe, SwapRule
 
 if TYPE_CHECKING:
-    from ..planning import Decision, Plan
+    from ..plan import Decision, Plan
 
 MODELINE = "# yaml-language-server: $schema=recipe.schema.json"
 """Makes editors check and complete a recipe; the schema is what `fdsurgery recipes schema` prints."""

@@ -11,23 +11,18 @@ import copy
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.optim import Optimizer
 
 from ..discovery.site import Kind
-from ..errors import PlanError, RewriteError, SurgeryError, UnsupportedModelError
-from ..planning import plan_and_observation, why_nothing
-from ..recipe import Recipe
-from ..surgery import carry_out
-from .supported import refuse_unsupported
+from ..errors import RewriteError, SurgeryError, UnsupportedModelError
+from .check_model import refuse_unsupported
 
 Layer = nn.Conv2d | nn.Linear
 
@@ -93,54 +88,13 @@ def modules_from_calls(graph_module: fx.GraphModule) -> fx.GraphModule:
         UnsupportedModelError: it is no graph module, or of a kind that cannot be changed.
         RewriteError: the new graph does not hold together; the graph module is as it was.
     """
-    with _calls_as_modules(graph_module):
+    with calls_as_modules(graph_module):
         pass
     return graph_module
 
 
-def convert(
-    graph_module: fx.GraphModule,
-    recipe: str | Path | Recipe = "auto",
-    *,
-    example_inputs: Any = None,
-    optimizers: Optimizer | Iterable[Optimizer] = (),
-    **overrides: Any,
-) -> fx.GraphModule:
-    """`fdsurgery.convert` for graphs: make modules of functional calls, plan, and apply the plan.
-
-    ```python
-    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
-    graph_module = fdsurgery.rewrite.graph.convert(exported.module(), example_inputs=x)
-    ```
-
-    Args:
-        graph_module: changed in place, all or nothing.
-        recipe: as for `fdsurgery.plan`; a graph does not tell its family, so `auto` comes to `generic`.
-        example_inputs: as for `fdsurgery.plan`; of a size that the graph was made for.
-        optimizers: as for `fdsurgery.convert`.
-        **overrides: operator settings that win over every rule's `with`, e.g. `kernel_num=16`.
-
-    Returns:
-        The same object.
-
-    Raises:
-        SurgeryError: see `modules_from_calls`, `fdsurgery.plan` and `fdsurgery.apply`; the graph module, its graph
-            and every node of it are then as they were.
-    """
-    with _calls_as_modules(graph_module) as calls:
-        decided, seen = plan_and_observation(graph_module, recipe, example_inputs, "record", overrides)
-        stay = [f"{call.node.name}: {call.obstacle}" for call in calls if call.obstacle]
-        if stay and not decided.swaps:
-            raise PlanError(
-                f"the plan for {decided.model_class} swaps nothing: {why_nothing(decided)}; and {len(stay)} "
-                f"functional call(s) cannot be made modules, {stay[0]}"
-            )
-        carry_out(decided, seen, graph_module, optimizers)
-    return graph_module
-
-
 @contextmanager
-def _calls_as_modules(graph_module: fx.GraphModule) -> Iterator[list[LayerCall]]:
+def calls_as_modules(graph_module: fx.GraphModule) -> Iterator[list[LayerCall]]:
     """Make modules of functional calls; if that fails, or the body raises, put everything back."""
     _refuse_other_than_graphs(graph_module)
     refuse_unsupported(graph_module)
@@ -237,8 +191,7 @@ def _refill(registry: Any, content: dict[str, Any]) -> None:
 
 
 def _refuse_other_than_graphs(graph_module: Any) -> None:
-    if isinstance(graph_module, torch.export.ExportedProgram):
-        raise UnsupportedModelError("expected a torch.fx.GraphModule, not an ExportedProgram; pass its module()")
+    refuse_unsupported(graph_module)
     if not isinstance(graph_module, fx.GraphModule):
         raise UnsupportedModelError(
             f"expected a torch.fx.GraphModule, not {type(graph_module).__name__}; a model that was not traced is "

@@ -1,0 +1,1 @@
+"""The operator on GPUs: one file a kernel, each beside its launch; what they share; and which way serves."""

@@ -1,0 +1,1 @@
+"""One converted model on disk, and how it comes back."""

@@ -1,0 +1,397 @@
+"""Converted models on disk: a folder with the weights and a description from which the model can be built again.
+
+```
+DIR/model.safetensors    the state dict
+DIR/fdsurgery.json       the plain model's source, and which layers are dynamic, with which settings
+```
+Only data is read back: JSON and safetensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..allowed import no_larger_than
+from ..errors import CheckpointError, near_misses
+from ..finetune import remember, remembered
+from ..likeness import first_difference
+from ..operators import get_operator, operator_of
+from ..plan import Plan
+from ..recipe import FineTune
+from ..rewrite.folded import Folded, folded_norms, is_norm
+from ..rewrite.tree import swapped
+from ..surroundings import undisturbed
+from ..wrappers import unwrapped
+from .description import Origin, check_plan, describe
+from .source import ModelSource, SourceError, import_library, infer, rebuild
+
+FORMAT = 1
+WEIGHTS = "model.safetensors"
+DESCRIPTION = "fdsurgery.json"
+METADATA = "fdsurgery"
+"""The entry of a safetensors file's metadata that holds the layers' settings."""
+
+
+def save(model: nn.Module, folder: str | Path, *, source: ModelSource | None = None, plan: Plan | None = None) -> Path:
+    """Save a converted model so that `load` needs nothing else. All or nothing: an older save stays until it is done.
+
+    Args:
+        model: the converted model, trained or not.
+        folder: made, or replaced if it holds an earlier save.
+        source: how to build the plain model; by default what the model says of itself (transformers, timm).
+        plan: kept for the record of which rule swapped what.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: the model has no dynamic layers, does not say how it was built, or the folder is in use.
+    """
+    with unwrapped(model) as plain_named:
+        return _save(plain_named, Path(folder), source, plan)
+
+
+def _save(model: nn.Module, folder: Path, source: ModelSource | None, plan: Plan | None) -> Path:
+    layers = described_layers(model)
+    if not layers:
+        raise CheckpointError("the model has no dynamic layers; convert it first, or save it as you would without us")
+    tensors = _tensors_once(model)
+    check_plan(plan, model)
+    describe(model, None if plan is None else Origin.of(plan, model))  # layers may have been put back by hand since
+    source = infer(model) if source is None else source
+    _check_source(model, source)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; give a folder")
+    if folder.exists() and any(folder.iterdir()) and not (folder / DESCRIPTION).exists():
+        raise CheckpointError(f"{folder} is not empty and holds no earlier save; give a new folder")
+    description = {
+        "format": FORMAT,
+        "versions": {"fdsurgery": version("fdsurgery"), "torch": torch.__version__},
+        "source": source.to_dict(),
+        "layers": layers,
+        "folded": folded_norms(model),
+        "buffers": _unsaved_dtypes(model),
+        "finetune": remembered(model).to_dict(),
+        "plan": None if plan is None else plan.to_dict(),
+    }
+    try:
+        text = json.dumps(description, indent=1)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the model's source cannot be written as JSON: {error}; pass source=") from None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            fresh, old = Path(scratch) / "fresh", Path(scratch) / "old"
+            fresh.mkdir()
+            save_file(tensors, str(fresh / WEIGHTS), metadata=weights_metadata(layers))
+            (fresh / DESCRIPTION).write_text(text, encoding="utf-8")
+            _put_in_place(fresh, folder, old)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
+    return folder
+
+
+def load(folder: str | Path, *, model: nn.Module | None = None, device: torch.device | str = "cpu") -> nn.Module:
+    """Build a saved converted model again, in eval mode.
+
+    Args:
+        folder: written by `save`.
+        model: the plain model to build upon, needed only for a model that came from your own code. Changed in place.
+        device: where the model goes.
+
+    Returns:
+        The converted model.
+
+    Raises:
+        CheckpointError: the folder is no save, is damaged, or does not fit the model.
+    """
+    folder = Path(folder)
+    description = _read_description(folder)
+    with undisturbed(), _ordinary_defaults():
+        tensors = _read_weights(folder)
+        given = model is not None
+        if model is None:
+            model = _rebuilt(ModelSource.from_dict(description["source"]), tensors, folder)
+        replacements = replacements_for(model, description["layers"], folder / DESCRIPTION, tensors)
+        replacements |= _folded(folder / DESCRIPTION, model, description.get("folded", []))
+        before = [(tensor, tensor.data, tensor.data.clone()) for _, tensor in _named_tensors(model) if given]
+        try:
+            with swapped(model, replacements):
+                full = _under_every_name(tensors, model)
+                _match_dtypes(model, full, description.get("buffers") or {})
+                model.load_state_dict(full, strict=True)
+        except (RuntimeError, NotImplementedError) as error:
+            for tensor, data, values in before:  # the caller's model is his as it was
+                tensor.data = data.copy_(values)
+            raise CheckpointError(f"{folder / WEIGHTS} does not fit the model: {_first_lines(error)}") from error
+        remember(model, FineTune.from_dict(description.get("finetune", {})))
+        plan = description.get("plan")
+        recipe = plan.get("recipe") if isinstance(plan, dict) else None
+        describe(model, Origin(recipe) if isinstance(recipe, str) else None)
+        try:
+            return model.to(device).eval()
+        except (RuntimeError, AssertionError) as error:
+            raise CheckpointError(f"the model cannot be put on {device!r}: {_first_lines(error)}") from error
+
+
+def described_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The operator and settings of each dynamic layer, by its name."""
+    return {
+        fqn: {"operator": operator.name, "settings": operator.settings_of(layer)}
+        for fqn, layer in model.named_modules()
+        if (operator := operator_of(layer)) is not None
+    }
+
+
+def weights_metadata(layers: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """What a file of weights says of itself, so that it tells its layers' settings without a description beside it."""
+    return {"format": "pt", METADATA: json.dumps({"format": FORMAT, "layers": layers})}
+
+
+def replacements_for(
+    model: nn.Module, described: dict[str, Any], where: Path, tensors: dict[str, Tensor] | None = None
+) -> dict[nn.Module, nn.Module]:
+    """A dynamic layer for each plain one that is described.
+
+    Args:
+        model: what holds the layers; those that are dynamic already stay.
+        described: operator and settings by the layer's name.
+        where: the file that says so.
+        tensors: if given, layers must have the shapes of these before they get memory.
+
+    Raises:
+        CheckpointError: the model lacks a layer, or has one in its place that cannot be swapped.
+    """
+    layers = dict(model.named_modules())
+    replacements: dict[nn.Module, nn.Module] = {}
+    for fqn, entry in described.items():
+        if fqn not in layers:
+            raise CheckpointError(f"{where}: the model has no layer {fqn!r}{near_misses(fqn, layers)}")
+        layer = layers[fqn]
+        if operator_of(layer) is not None:
+            continue
+        if not isinstance(layer, (nn.Conv2d, nn.Linear)):
+            raise CheckpointError(f"{where}: {fqn!r} is a {type(layer).__name__}, not a layer that can be swapped")
+        operator, settings = get_operator(entry["operator"]), entry["settings"]
+        try:
+            if tensors is not None:
+                _check_shapes(operator.replace(copy.deepcopy(layer).to("meta"), settings), fqn, tensors)
+            replacements[layer] = operator.replace(layer, settings)
+        except Exception as error:
+            raise CheckpointError(f"{where}: {fqn!r} cannot be made dynamic: {_first_lines(error)}") from error
+    return replacements
+
+
+def _check_shapes(layer: nn.Module, fqn: str, tensors: dict[str, Tensor]) -> None:
+    for leaf, tensor in layer.state_dict().items():
+        stored = tensors.get(f"{fqn}.{leaf}", tensor)
+        if stored.shape != tensor.shape:
+            raise CheckpointError(
+                f"by its settings {leaf!r} has the shape {tuple(tensor.shape)}, and the weights hold "
+                f"{tuple(stored.shape)}, so {WEIGHTS} does not fit the model"
+            )
+
+
+@contextlib.contextmanager
+def _ordinary_defaults() -> Iterator[None]:
+    """The CPU and float32, whatever defaults the caller has set: buffers that are computed anew depend on them."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    try:
+        return load_file(str(path))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except Exception as error:  # a damaged header can make the reader fail in any way
+        raise CheckpointError(f"{path} is no whole safetensors file: {_first_lines(error)}") from error
+
+
+def _rebuilt(source: ModelSource, tensors: dict[str, Tensor], folder: Path) -> nn.Module:
+    held = sum(tensor.numel() for tensor in tensors.values())
+    where = f"{folder / DESCRIPTION}: its source"
+    import_library(source)  # what a library makes as it is imported needs memory, and is made once
+    with contextlib.suppress(SourceError), no_larger_than(len(tensors), held, where), torch.device("meta"):
+        rebuild(source)  # without memory first; some builders cannot run there
+    with no_larger_than(len(tensors), held, where):
+        return rebuild(source)
+
+
+def _match_dtypes(model: nn.Module, tensors: dict[str, Tensor], buffers: dict[str, Any]) -> None:
+    """Give each tensor of a model the type in which it was saved."""
+    wanted = {name: tensor.dtype for name, tensor in tensors.items()}
+    for name, code in buffers.items():
+        if isinstance(dtype := getattr(torch, str(code), None), torch.dtype):
+            wanted[name] = dtype
+    for name, tensor in _named_tensors(model):
+        dtype = wanted.get(name, tensor.dtype)
+        if dtype != tensor.dtype:
+            tensor.data = tensor.data.to(dtype)
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _unsaved_dtypes(model: nn.Module) -> dict[str, str]:
+    """The types of the real buffers that a state dict leaves out, where they are not the usual one."""
+    saved = model.state_dict(keep_vars=True)
+    return {
+        name: str(buffer.dtype).removeprefix("torch.")
+        for name, buffer in model.named_buffers()
+        if name not in saved and buffer.is_floating_point() and buffer.dtype != torch.float32
+    }
+
+
+def _first_lines(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3]) or type(error).__name__
+
+
+def _folded(where: Path, model: nn.Module, names: list[str]) -> dict[nn.Module, nn.Module]:
+    """What stands in the place of each norm that was folded before the save."""
+    layers = dict(model.named_modules())
+    for fqn in names:
+        if not (fqn in layers and (isinstance(layers[fqn], Folded) or is_norm(layers[fqn]))):
+            kind = f"a {type(layers[fqn]).__name__}" if fqn in layers else f"nothing{near_misses(fqn, layers)}"
+            raise CheckpointError(
+                f"{where}: the norm {fqn!r} was folded before this save, and the model has {kind} there"
+            )
+    return {layers[fqn]: Folded(layers[fqn]) for fqn in names if not isinstance(layers[fqn], Folded)}
+
+
+def _put_in_place(fresh: Path, folder: Path, old: Path) -> None:
+    """Replace a save. A process that is killed leaves either one; only between saves of two models there is a moment
+    at which the older one is still, or already, beside the folder."""
+    if _describe_the_same(fresh, folder):  # as in training: then either description fits either file of weights
+        for name in (WEIGHTS, DESCRIPTION):
+            os.replace(fresh / name, folder / name)
+        return
+    if folder.exists():
+        os.replace(folder, old)
+    try:
+        os.replace(fresh, folder)
+    except OSError:
+        if old.exists():
+            os.replace(old, folder)
+        raise
+
+
+def _describe_the_same(fresh: Path, folder: Path) -> bool:
+    """True if a folder holds a save, and nothing else, of a model with the same source and layers."""
+    if not folder.exists() or {path.name for path in folder.iterdir()} != {WEIGHTS, DESCRIPTION}:
+        return False
+    try:
+        ours, theirs = (_read_description(one) for one in (fresh, folder))
+    except CheckpointError:
+        return False
+    return all(ours.get(key) == theirs.get(key) for key in ("format", "source", "layers", "folded", "buffers"))
+
+
+def _tensors_once(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict as safetensors takes it: shared tensors under their first name only, no overlapping memory."""
+    names: dict[int, str] = {}
+    storages: set[int] = set()
+    tensors: dict[str, Tensor] = {}
+    try:
+        state = model.state_dict(keep_vars=True)
+    except RuntimeError as error:  # as of a model that was prepared for inference
+        raise CheckpointError(f"the model gives no state dict: {_first_lines(error)}") from error
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{name!r} is a {type(tensor).__name__}; only tensors can be saved")
+        if tensor.is_meta:
+            raise CheckpointError(f"{name!r} is on the meta device and has no values to save; load the weights first")
+        if names.setdefault(id(tensor), name) == name:
+            storage = tensor.untyped_storage().data_ptr()
+            detached = tensor.detach().contiguous()
+            tensors[name] = detached.clone() if storage in storages else detached
+            storages.add(storage)
+    return tensors
+
+
+def _under_every_name(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Undo `_tensors_once`: tensors that the model knows under several names under each of them."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    full = dict(tensors)
+    for group in names.values():
+        saved = next((tensors[name] for name in group if name in tensors), None)
+        if saved is not None:
+            full.update(dict.fromkeys(group, saved))
+    return full
+
+
+def _check_source(model: nn.Module, source: ModelSource) -> None:
+    """Refuse a source that builds another model: found on saving it costs a moment, on loading it costs the weights."""
+    if source.library == "file":
+        return
+    with undisturbed(), _ordinary_defaults():
+        try:
+            with torch.device("meta"):
+                twin = rebuild(source)
+        except SourceError:  # some builders cannot run on meta
+            twin = rebuild(source)
+        with swapped(twin, _folded(Path(f"{source.library}:{source.name}"), twin, folded_norms(model))):
+            difference = first_difference(model, twin)
+    if difference is not None:
+        raise CheckpointError(
+            f"{source.library}:{source.name} with {_shown(source)} builds another model than this one: {difference}; "
+            "pass source= with the arguments it was built with, or "
+            'ModelSource("file", "models.py:build") and load it onto a model that you build'
+        )
+
+
+def _shown(source: ModelSource) -> str:
+    return "its config" if source.library == "transformers" else str(source.arguments or "no arguments")
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    path = folder / DESCRIPTION
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is no saved converted model: it has no {DESCRIPTION}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        found = description.get("format") if isinstance(description, dict) else type(description).__name__
+        raise CheckpointError(f"{path}: expected format {FORMAT}, found {found!r}; a newer fdsurgery may read it")
+    try:
+        ModelSource.from_dict(description["source"])
+        if not isinstance(description["layers"], dict) or not isinstance(description.get("buffers") or {}, dict):
+            raise CheckpointError("layers and buffers are mappings by name")
+        for entry in description["layers"].values():
+            if not isinstance(entry["operator"], str) or not isinstance(entry["settings"], dict):
+                raise CheckpointError("an operator is a name, and its settings are a mapping")
+            entry["settings"] = get_operator(entry["operator"]).saved_settings(entry["settings"])
+        folded = description.get("folded", [])
+        if not isinstance(folded, list) or not all(isinstance(fqn, str) for fqn in folded):
+            raise CheckpointError("'folded' must be a list of names")
+        FineTune.from_dict(description.get("finetune", {}))
+    except KeyError as error:
+        raise CheckpointError(f"{path} is damaged: it has no {error}") from None
+    except (TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    return description
