@@ -43,3 +43,8 @@ def owned(x: Tensor) -> Tensor:
     """The same tensor, but no view of another one: what a custom autograd function returns may be changed in place."""
     result: Tensor = torch.ops.aten._unsafe_view(x, x.shape) if x._is_view() else x
     return result
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    """The memory format of four axes: channels-last, or in rows."""
+    return torch.channels_last if channels_last else torch.contiguous_format
