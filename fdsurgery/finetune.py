@@ -83,7 +83,7 @@ def param_groups(
         ValueError: `layer_decay` is not above 0 and at most 1.
     """
     model = network_of(inner_of(model))
-    decay = FineTune(layer_decay).over(remembered(model)).layer_decay
+    decay = FineTune.from_dict({"layer_decay": layer_decay}).over(remembered(model)).layer_decay
     entries = list(_entries(model))
     depths = {} if decay in (None, 1) else _depth_scales(model, entries, decay)
     layer_of = {scale: index for index, scale in enumerate(sorted(set(depths.values())))}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from rich.table import Table
 
 from .discovery.site import Site
@@ -73,7 +73,7 @@ class Plan:
     left_out: dict[str, int] = field(default_factory=dict)
     """Layers that are no sites, since nothing can take their place (1-D, 3-D and transposed convolutions, ...): how
     many there are of each class."""
-    finetune: FineTune = field(default_factory=FineTune)
+    finetune: Annotated[FineTune, BeforeValidator(FineTune.from_dict)] = field(default_factory=FineTune)
     """How the recipe has the model trained; the model remembers it once the plan is applied."""
     example_inputs: Any = field(default=None, compare=False, repr=False)
     """The caller's example inputs, used again for the check after surgery; not part of `to_dict`."""

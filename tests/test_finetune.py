@@ -298,7 +298,7 @@ def test_a_failed_conversion_leaves_the_memory_as_it_was() -> None:
 def test_a_plan_carries_it_to_another_model() -> None:
     plan = fdsurgery.plan(net(), LAYERED_RECIPE, example_inputs=batch())
     plan = fdsurgery.Plan.from_dict(plan.to_dict())
-    assert plan.finetune == FineTune(0.75)
+    assert plan.finetune == FineTune(layer_decay=0.75)
     earlier = {key: value for key, value in plan.to_dict().items() if key != "finetune"}
     assert fdsurgery.Plan.from_dict(earlier).finetune == FineTune(), "plans of 0.1 do not say"
     later = {**plan.to_dict(), "finetune": {"spectrum_lr_scale": 3.0}}
@@ -316,7 +316,7 @@ def test_it_is_saved_with_the_model(tmp_path: Path) -> None:
     assert rates_of(fdsurgery.load(tmp_path / "timm")) == rates_of(model)
     named = timm.create_model("test_convnext.fdconv", pretrained_cfg_overlay=None)
     assert remembered(named) == FineTune(), "the shipped recipes say nothing"
-    assert remembered(timm.create_model(f"local-dir:{tmp_path / 'timm'}")) == FineTune(0.5)
+    assert remembered(timm.create_model(f"local-dir:{tmp_path / 'timm'}")) == FineTune(layer_decay=0.5)
 
 
 def rates_of(model: nn.Module) -> set[float]:
@@ -346,9 +346,9 @@ def test_a_transformers_model_tells_it_in_its_config(tmp_path: Path) -> None:
     recipe = parse_recipe("extends: segformer\nfinetune: {layer_decay: 0.5}")
     fdsurgery.convert(model, recipe)
     model.save_pretrained(tmp_path)
-    assert remembered(fdsurgery.from_pretrained(tmp_path)) == FineTune(0.5)
+    assert remembered(fdsurgery.from_pretrained(tmp_path)) == FineTune(layer_decay=0.5)
     backbone = AutoModel.from_pretrained(tmp_path)
-    assert remembered(backbone) == FineTune(0.5)
+    assert remembered(backbone) == FineTune(layer_decay=0.5)
     fdsurgery.restore(model)
     assert remembered(model) == FineTune() and not hasattr(model.config, "quantization_config")
 

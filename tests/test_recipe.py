@@ -111,12 +111,14 @@ def test_how_to_train_is_inherited(tmp_path: Path) -> None:
     (tmp_path / "left.yaml").write_text("extends: far.yaml")
     (tmp_path / "right.yaml").write_text("finetune: {layer_decay: 0.75}")
     (tmp_path / "child.yaml").write_text("extends: [left.yaml, right.yaml]")
-    assert load_recipe(tmp_path / "child.yaml").finetune == FineTune(0.5), "the first parent that says"
+    assert load_recipe(tmp_path / "child.yaml").finetune == FineTune(layer_decay=0.5), "the first parent that says"
     (tmp_path / "child.yaml").write_text("extends: [ffn, right.yaml]")
-    assert load_recipe(tmp_path / "child.yaml").finetune == FineTune(0.75)
+    assert load_recipe(tmp_path / "child.yaml").finetune == FineTune(layer_decay=0.75)
     (tmp_path / "child.yaml").write_text("extends: right.yaml\nfinetune: {layer_decay: 1}")
-    assert load_recipe(tmp_path / "child.yaml").finetune == FineTune(1), "the own one first, be it the default"
-    assert parse_recipe("extends: resnet").finetune == FineTune(None)
+    assert load_recipe(tmp_path / "child.yaml").finetune == FineTune(layer_decay=1), (
+        "the own one first, be it the default"
+    )
+    assert parse_recipe("extends: resnet").finetune == FineTune(layer_decay=None)
 
 
 def test_recipes_that_extend_each_other_are_an_error(tmp_path: Path) -> None:

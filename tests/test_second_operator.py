@@ -172,5 +172,5 @@ def test_timm_reads_its_weights(tmp_path: Path) -> None:
 
 
 def test_editors_know_its_settings() -> None:
-    known = json_schema()["$defs"]["SwapEntry"]["properties"]["with"]["properties"]
+    known = json_schema()["$defs"]["SwapRule"]["properties"]["with"]["properties"]
     assert known["k"] == {"description": "mixed: default 4"} and "kernel_num" in known

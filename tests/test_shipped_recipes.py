@@ -44,7 +44,12 @@ def test_figures(name: str, figures: Figures) -> None:
     plan = planned(figures.model)
     assert plan.recipe == name
     multiply_adds = sum(decision.site.multiply_adds for decision in plan.swaps)
-    assert Figures(figures.model, len(plan.swaps), plan.parameters_added, multiply_adds) == figures
+    measured = {
+        "swaps": len(plan.swaps),
+        "parameters_added": plan.parameters_added,
+        "multiply_adds": multiply_adds,
+    }
+    assert Figures(model=figures.model, **measured) == figures
     reasons = {decision.reason for decision in plan.kept}
     assert all(reasons)
 

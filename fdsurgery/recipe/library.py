@@ -77,7 +77,7 @@ def detect_recipe(model: nn.Module) -> tuple[str, str]:
     if not library:
         return FALLBACK, f"{type(model).__name__} is of no library that recipes know"
     for recipe, file in shipped_recipes().items():
-        match = _parse(_Origin(file, file.name))[1].match_rules()
+        match = _parse(_Origin(file, file.name))[1].match
         if matches_any(getattr(match, library), name):
             return recipe, f"recognised as {library} {name}"
     return FALLBACK, f"no recipe is for {library} {name}"
@@ -152,7 +152,7 @@ def _resolve(parsed: _Parsed, chain: tuple[_Origin, ...]) -> Recipe:
     own = chain[-1]
     keep, swap = list(file.keep_rules(source)), list(file.swap_rules(source))
     delegate = [_located(part, own.folder) for part in file.delegates(source)]
-    finetune = file.fine_tuning()
+    finetune = file.finetune
     for index, name in enumerate(file.extends):
         place: KeyPath = ("extends", index) if isinstance(source.data["extends"], list) else ("extends",)
         try:
@@ -172,11 +172,11 @@ def _resolve(parsed: _Parsed, chain: tuple[_Origin, ...]) -> Recipe:
     return Recipe(
         own.name,
         file.description,
-        file.match_rules(),
+        file.match,
         tuple(keep),
         tuple(swap),
         tuple(delegate),
-        file.all_figures(),
+        file.figures,
         finetune,
     )
 

@@ -1,71 +1,116 @@
-"""A recipe, ready to decide: rules that know where they were written, and whether they mean any site at all."""
+"""A recipe, ready to decide: rules that know where they were written, and whether they mean any site at all.
+
+The entries of a recipe file are checked by the same classes (see `schema`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from ..discovery.site import Site
 from ..errors import RecipeError
-from .conditions import Where
+from .conditions import Patterns, Where
+
+R = TypeVar("R", bound="Rule")
+
+
+class Entry(BaseModel):
+    """A part of a recipe file: a mapping with these keys and no others."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 @dataclass(frozen=True)
-class _Rule:
-    where: Where
-    file: str
-    line: int
-    column: int
-    key: str
+class Place:
+    """Where in a file something is written."""
+
+    file: str = ""
+    line: int = 0
+    column: int = 0
+    key: str = ""
     """Which entry of the file it is, e.g. `swap[0]`."""
-    optional: bool
-    """True if it may match no site."""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}: {self.key}"
+
+
+class Rule(BaseModel):
+    """What the entries of `keep` and `swap` share."""
+
+    _place: Place = PrivateAttr(default=Place())
+
+    @property
+    def place(self) -> Place:
+        """Where the rule is written."""
+        return self._place
+
+    @property
+    def key(self) -> str:
+        """Which entry of its file the rule is, e.g. `swap[0]`."""
+        return self._place.key
 
     @property
     def label(self) -> str:
-        """Where the rule stands: `file:line`."""
-        return f"{self.file}:{self.line}"
+        """Where the rule is written: `file:line`."""
+        return f"{self._place.file}:{self._place.line}"
+
+    def at(self: R, place: Place) -> R:
+        """The same rule, written in another place."""
+        rule = self.model_copy()
+        rule._place = place
+        return rule
+
+
+class KeepRule(Rule, Where):
+    """An entry of `keep`: conditions and the reason."""
+
+    because: Annotated[str, Field(min_length=1)]
+    """The reason, shown in the plan."""
+    optional: bool = False
+    """The rule may match no layer."""
+
+    @property
+    def where(self) -> Where:
+        """Which layers: a keep rule is its own condition."""
+        return self
+
+
+class SwapRule(Rule, Entry):
+    """An entry of `swap`."""
+
+    where: Where
+    """Which layers."""
+    operator: str = "fdconv"
+    """What takes their place."""
+    settings: dict[str, Any] = Field(default_factory=dict, alias="with")
+    """Settings of the operator; the rest are its defaults."""
+    anyway: bool = False
+    """Swap also where that changes what the model means, such as in a causal decoder; see "What is kept, and why"."""
+    optional: bool = False
+    """The rule may match no layer."""
 
     def matches(self, site: Site) -> bool:
         """True if the rule means this site."""
         return self.where.matches(site)
-
-
-@dataclass(frozen=True)
-class KeepRule(_Rule):
-    """Sites that stay as they are. Wins over every swap rule."""
-
-    because: str
-    """The reason, shown in the plan."""
-
-
-@dataclass(frozen=True)
-class SwapRule(_Rule):
-    """Sites to swap, unless a keep rule or an earlier swap rule means them too."""
-
-    operator: str
-    """Name of the operator, e.g. `fdconv`."""
-    settings: dict[str, Any]
-    """What the rule's `with` says."""
-    anyway: bool = False
-    """True to swap also where that changes what the model means."""
 
     def describe(self) -> str:
         """The rule's conditions in words."""
         return self.where.describe()
 
 
-@dataclass(frozen=True)
-class Match:
-    """Models that a recipe is for, as globs."""
+class Match(Entry):
+    """How models of the family are recognised."""
 
-    timm: tuple[str, ...] = ()
-    """Architectures, e.g. `convnext*`."""
-    transformers: tuple[str, ...] = ()
-    """Values of `config.model_type`, e.g. `convnextv2`."""
-    torchvision: tuple[str, ...] = ()
-    """Model classes, e.g. `ConvNeXt`."""
+    timm: Patterns = ()
+    """Globs for timm architectures, e.g. `convnext*`."""
+    transformers: Patterns = ()
+    """Globs for `config.model_type`, e.g. `convnextv2`."""
+    torchvision: Patterns = ()
+    """Globs for model classes, e.g. `ConvNeXt`."""
 
 
 @dataclass(frozen=True)
@@ -80,48 +125,47 @@ class Delegate:
     """Where it stands: `file:line:column: key`."""
 
 
-@dataclass(frozen=True)
-class Figures:
-    """What the recipe does to one model; checked by the tests for the shipped recipes."""
+class Figures(Entry):
+    """What the recipe does to one model."""
 
     model: str
-    """SPEC of the model."""
+    """The model's SPEC, e.g. `timm:resnet50`."""
     swaps: int
+    """Layers swapped."""
     parameters_added: int
+    """Parameters gained."""
     multiply_adds: int
     """Of the swapped layers while they were plain, for one image of the model's native size."""
 
 
-@dataclass(frozen=True)
-class FineTune:
-    """How to train what the recipe converts; see `fdsurgery.param_groups`. None where it does not say."""
+class FineTune(Entry):
+    """How to train what the recipe converts."""
 
-    layer_decay: float | None = None
-    """Factor of the learning rate from each layer to the one before it."""
-
-    def __post_init__(self) -> None:
-        decay = self.layer_decay
-        if decay is not None and not (isinstance(decay, (int, float)) and 0 < decay <= 1):
-            raise ValueError(f"layer_decay must be above 0 and at most 1, not {decay!r}")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Factor of the learning rate from each layer to the one before it; 1 where no recipe says."""
 
     def over(self, inherited: FineTune) -> FineTune:
         """What this one says, and where it does not, what another one says."""
-        return replace(inherited, **self.to_dict())
+        return inherited.model_copy(update=self.to_dict())
 
     def to_dict(self) -> dict[str, float]:
         """What it says, as plain JSON types."""
-        return {key: value for key, value in vars(self).items() if value is not None}
+        return self.model_dump(exclude_none=True)
 
     @staticmethod
     def from_dict(data: Any) -> FineTune:
         """Undo `to_dict`. Keys of other versions, which say how to train and not what a model is, are passed over.
 
         Raises:
-            TypeError, ValueError: it is no mapping, or a value is out of range.
+            ValueError: it is no mapping, or a value is out of range.
         """
         if not isinstance(data, dict):
-            raise TypeError("'finetune' must be a mapping")
-        return FineTune(data.get("layer_decay"))
+            raise ValueError("'finetune' must be a mapping")
+        decay = data.get("layer_decay")
+        try:
+            return FineTune(layer_decay=decay)
+        except ValidationError:
+            raise ValueError(f"layer_decay must be above 0 and at most 1, not {decay!r}") from None
 
 
 @dataclass(frozen=True)
@@ -150,7 +194,7 @@ def check_rules_matched(recipe: Recipe, sites: Sequence[Site]) -> None:
             continue
         nearest = rule.where.nearest(sites)
         raise RecipeError(
-            f"{rule.file}:{rule.line}:{rule.column}: {rule.key}: no site of this model has {rule.where.describe()}; "
+            f"{rule.place}: no site of this model has {rule.where.describe()}; "
             + (f"nearest: {nearest}; " if nearest else "the model has no convolution or linear layer; ")
             + "correct the rule, or give it `optional: true`"
         )

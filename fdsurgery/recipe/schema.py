@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, WithJsonSchema
 
 from fdconv import FDConfig
 
 from ..errors import RecipeError, near_misses
 from ..operators import OPERATORS, get_operator
-from .conditions import Patterns, Where
-from .rules import Delegate, Figures, FineTune, KeepRule, Match, SwapRule
+from .conditions import Where
+from .rules import Delegate, Entry, Figures, FineTune, KeepRule, Match, Place, SwapRule
 from .yaml_source import KeyPath, YamlSource
 
 
@@ -28,54 +28,6 @@ Texts = Annotated[
 ]
 
 
-class _Closed(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, populate_by_name=True, use_attribute_docstrings=True
-    )
-
-
-class MatchEntry(_Closed):
-    """How models of the family are recognised."""
-
-    timm: Patterns = ()
-    """Globs for timm architectures, e.g. `convnext*`."""
-    transformers: Patterns = ()
-    """Globs for `config.model_type`, e.g. `convnextv2`."""
-    torchvision: Patterns = ()
-    """Globs for model classes, e.g. `ConvNeXt`."""
-
-
-class KeepEntry(Where):
-    """An entry of `keep`: conditions and the reason."""
-
-    because: Annotated[str, Field(min_length=1)]
-    """The reason, shown in the plan."""
-    optional: bool = False
-    """The rule may match no layer."""
-
-
-class SwapEntry(_Closed):
-    """An entry of `swap`."""
-
-    where: Where
-    """Which layers."""
-    operator: str = "fdconv"
-    """What takes their place."""
-    with_: dict[str, Any] = Field(default_factory=dict, alias="with")
-    """Settings of the operator; the rest are its defaults."""
-    anyway: bool = False
-    """Swap also where that changes what the model means, such as in a causal decoder; see "What is kept, and why"."""
-    optional: bool = False
-    """The rule may match no layer."""
-
-
-class FineTuneEntry(_Closed):
-    """How to train what the recipe converts."""
-
-    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Factor of the learning rate from each layer to the one before it; 1 where no recipe says."""
-
-
 GONE = {
     ("finetune", "spectrum_lr_scale"): "this key is gone and needs no successor: a spectrum is stored so that it moves "
     "its weight as far as the weight itself would move; delete the line",
@@ -85,20 +37,7 @@ GONE = {
 """Keys of version 0.1, and why nothing takes their place."""
 
 
-class FiguresEntry(_Closed):
-    """What the recipe does to one model."""
-
-    model: str
-    """The model's SPEC, e.g. `timm:resnet50`."""
-    swaps: int
-    """Layers swapped."""
-    parameters_added: int
-    """Parameters gained."""
-    multiply_adds: int
-    """Of the swapped layers while they were plain, for one image of the model's native size."""
-
-
-class RecipeFile(_Closed):
+class RecipeFile(Entry):
     """A whole file."""
 
     description: str = ""
@@ -107,47 +46,26 @@ class RecipeFile(_Closed):
     """Where its policy comes from."""
     extends: Texts = ()
     """Recipes whose rules follow after this one's: names of shipped ones, or files beside this one."""
-    match: MatchEntry = MatchEntry()
+    match: Match = Match()
     """How models of the family are recognised."""
-    keep: tuple[KeepEntry, ...] = Field(default=(), strict=False)
+    keep: tuple[KeepRule, ...] = Field(default=(), strict=False)
     """Layers that stay as they are, whatever `swap` says."""
-    swap: tuple[SwapEntry, ...] = Field(default=(), strict=False)
+    swap: tuple[SwapRule, ...] = Field(default=(), strict=False)
     """Layers to swap; the first entry that matches decides."""
     delegate: dict[str, str] = Field(default_factory=dict)
     """Parts of a composite model (globs for module names) and the recipe of each: `auto`, a name or a file."""
-    finetune: FineTuneEntry = FineTuneEntry()
+    finetune: FineTune = FineTune()
     """How to train what the recipe converts."""
-    figures: tuple[FiguresEntry, ...] = Field(default=(), strict=False)
+    figures: tuple[Figures, ...] = Field(default=(), strict=False)
     """What the recipe does to some models, for readers and tests."""
-
-    def match_rules(self) -> Match:
-        """The globs by which the family is recognised."""
-        return Match(self.match.timm, self.match.transformers, self.match.torchvision)
-
-    def all_figures(self) -> tuple[Figures, ...]:
-        """The entries of `figures`."""
-        return tuple(Figures(**dict(entry)) for entry in self.figures)
-
-    def fine_tuning(self) -> FineTune:
-        """What `finetune` says."""
-        return FineTune(**dict(self.finetune))
 
     def keep_rules(self, source: YamlSource) -> tuple[KeepRule, ...]:
         """The entries of `keep`, each with its place in the file."""
-        rules = []
-        for index, entry in enumerate(self.keep):
-            where = Where.model_construct(**entry.given())
-            rules.append(KeepRule(where, *_place(source, "keep", index), entry.optional, entry.because))
-        return tuple(rules)
+        return tuple(rule.at(_place(source, "keep", index)) for index, rule in enumerate(self.keep))
 
     def swap_rules(self, source: YamlSource) -> tuple[SwapRule, ...]:
         """The entries of `swap`, each with its place in the file."""
-        return tuple(
-            SwapRule(
-                entry.where, *_place(source, "swap", index), entry.optional, entry.operator, entry.with_, entry.anyway
-            )
-            for index, entry in enumerate(self.swap)
-        )
+        return tuple(rule.at(_place(source, "swap", index)) for index, rule in enumerate(self.swap))
 
     def delegates(self, source: YamlSource) -> tuple[Delegate, ...]:
         """The entries of `delegate`, each with its place in the file."""
@@ -163,7 +81,7 @@ def json_schema() -> dict[str, Any]:
     for operator in OPERATORS.values():
         for key, default in operator.settings({}).items():
             settings.setdefault(key, {"description": f"{operator.name}: default {default!r}"})
-    schema["$defs"]["SwapEntry"]["properties"]["with"]["properties"] = settings
+    schema["$defs"]["SwapRule"]["properties"]["with"]["properties"] = settings
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "fdsurgery recipe"}
 
 
@@ -196,22 +114,22 @@ def read_file(source: YamlSource) -> RecipeFile:
     return file
 
 
-def _check_settings(source: YamlSource, path: KeyPath, swap: SwapEntry) -> None:
+def _check_settings(source: YamlSource, path: KeyPath, swap: SwapRule) -> None:
     operator = get_operator(swap.operator)
-    for key, value in swap.with_.items():  # one by one, to tell which of them is wrong
+    for key, value in swap.settings.items():  # one by one, to tell which of them is wrong
         try:
             operator.settings({key: value})
         except RecipeError as error:
             raise source.error((*path, key), str(error)) from None
     try:
-        operator.settings(swap.with_)
+        operator.settings(swap.settings)
     except RecipeError as error:
         raise source.error(path, str(error)) from None
 
 
-def _place(source: YamlSource, section: str, index: int) -> tuple[str, int, int, str]:
+def _place(source: YamlSource, section: str, index: int) -> Place:
     line, column = source.places[(section, index)]
-    return source.file, line, column, f"{section}[{index}]"
+    return Place(source.file, line, column, f"{section}[{index}]")
 
 
 def _fault(fault: Any, source: YamlSource) -> tuple[tuple[int, int], RecipeError]:
@@ -237,9 +155,9 @@ def _fault(fault: Any, source: YamlSource) -> tuple[tuple[int, int], RecipeError
 
 
 def _keys_at(path: KeyPath) -> list[str]:
-    models: dict[KeyPath, type[BaseModel]] = {(): RecipeFile, ("match",): MatchEntry, ("keep",): KeepEntry}
-    models |= {("swap",): SwapEntry, ("swap", "where"): Where}
-    models |= {("finetune",): FineTuneEntry, ("figures",): FiguresEntry}
+    models: dict[KeyPath, type[BaseModel]] = {(): RecipeFile, ("match",): Match, ("keep",): KeepRule}
+    models |= {("swap",): SwapRule, ("swap", "where"): Where}
+    models |= {("finetune",): FineTune, ("figures",): Figures}
     model = models[tuple(step for step in path if isinstance(step, str))]
     return [field.alias or name for name, field in model.model_fields.items()]
 
