@@ -33,6 +33,7 @@ import fdsurgery
 from fdsurgery import CheckpointError, SurgeryError
 from fdsurgery.checkpoints import CheckpointPlan, convert_checkpoint, load_tensors, plan_checkpoint, writing
 from fdsurgery.cli import app
+from fdsurgery.saving import atomic
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="cuts processes short, which takes fork")
 
@@ -435,7 +436,7 @@ def cut_short(plan: CheckpointPlan, at: int) -> Callable[[], None]:
             (os, "fsync"),
             (shutil, "rmtree"),
             (Path, "mkdir"),
-            (writing, "_renameat2_exchange"),
+            (atomic, "exchange_names"),
         ]
         for module, name in touching:
             setattr(module, name, cut.wrapped(getattr(module, name)))
@@ -490,7 +491,7 @@ def test_killed_at_every_point(
 def test_killed_where_folders_are_exchanged_in_two_steps(
     spec: str, state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writing, "_renameat2_exchange", lambda one, other: False)  # other systems than Linux
+    monkeypatch.setattr(atomic, "exchange_names", lambda one, other: False)  # other systems than Linux
     out = tmp_path / "out"
     save_sharded({name: value + 1 for name, value in state.items()}, tmp_path / "older")
     save_sharded(state, tmp_path / "in")

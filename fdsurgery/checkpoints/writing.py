@@ -7,16 +7,14 @@ rename. A run that is killed leaves its scratch folder, and the same run goes on
 from __future__ import annotations
 
 import copy
-import ctypes
 import hashlib
 import json
 import os
 import shutil
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +26,7 @@ from fdconv.precision import rescaled
 from ..errors import CheckpointError
 from ..operators import get_operator
 from ..operators.fdconv import FDConvOperator
+from ..saving.atomic import UNFINISHED, put_back, replace_folder, whole_file, write_text
 from ..saving.folder import DESCRIPTION, weights_metadata
 from .files import DTYPES, INDEX, Checkpoint, bytes_of
 from .planning import RECORD, Build, CheckpointPlan, Copy, Output, OutputFile, Rescale, Step
@@ -36,7 +35,6 @@ OnBytes = Callable[[int], None]
 _STAMP = "stamp"
 _CONTENT = "content"
 _OLDER = "older"
-_UNFINISHED = ".unfinished"
 _ZEROS = memoryview(bytes(8))
 
 
@@ -59,15 +57,14 @@ def carry_out(plan: CheckpointPlan, on_bytes: OnBytes = lambda count: None) -> P
     scratch = destination.parent / f".{destination.name}.partial"
     try:
         _check_ours(scratch)
-        if (scratch / _OLDER).exists() and not destination.exists():  # killed between the two steps of `_exchange`
-            os.replace(scratch / _OLDER, destination)
+        put_back(destination, scratch / _OLDER)
         try:
             content = _begin(scratch, _fingerprint(plan))
             _write_all(content, plan, on_bytes)
             # From here on the scratch folder may hold the older result, which must not be taken for finished files.
-            _write_text(scratch / _STAMP, "done")
+            write_text(scratch / _STAMP, "done")
             if plan.is_folder:
-                _exchange(content, destination, scratch / _OLDER)
+                replace_folder(content, destination, scratch / _OLDER)
             else:
                 os.replace(content / plan.files[0].name, destination)
         except Exception:
@@ -90,7 +87,7 @@ def _write_all(content: Path, plan: CheckpointPlan, on_bytes: OnBytes) -> None:
 
 
 def _check_ours(scratch: Path) -> None:
-    ours = (_STAMP, f"{_STAMP}{_UNFINISHED}", _CONTENT, _OLDER)
+    ours = (_STAMP, f"{_STAMP}{UNFINISHED}", _CONTENT, _OLDER)
     if scratch.exists() and any(entry.name not in ours for entry in scratch.iterdir()):
         raise CheckpointError(f"{scratch} is in the way and was not written by a conversion; remove it")
 
@@ -101,7 +98,7 @@ def _begin(scratch: Path, stamp: str) -> Path:
     if not note.is_file() or note.read_text(encoding="utf-8") != stamp:
         _discard(scratch)
         scratch.mkdir(parents=True)
-        _write_text(note, stamp)
+        write_text(note, stamp)
     content = scratch / _CONTENT
     content.mkdir(exist_ok=True)
     return content
@@ -127,35 +124,31 @@ def _state_of(file: Path) -> tuple[int, int]:
 
 
 def _write_file(path: Path, file: OutputFile, plan: CheckpointPlan, on_bytes: OnBytes) -> None:
-    """Write one file under another name, and give it its own once it is whole."""
+    """Write one file, unless an earlier run has."""
     if path.exists():
         on_bytes(file.nbytes)
         return
-    unfinished = path.with_name(path.name + _UNFINISHED)
-    if path.suffix == ".safetensors":
-        metadata = {"format": "pt"} if plan.target_form == "official" else weights_metadata(plan.settings)
-        _write_safetensors(unfinished, file, plan.checkpoint, metadata, on_bytes)
-    else:
-        _write_torch(unfinished, file, plan.checkpoint, on_bytes)
-    os.replace(unfinished, path)
+    with whole_file(path) as stream:
+        if path.suffix == ".safetensors":
+            metadata = {"format": "pt"} if plan.target_form == "official" else weights_metadata(plan.settings)
+            _write_safetensors(stream, file, plan.checkpoint, metadata, on_bytes)
+        else:
+            _write_torch(stream, file, plan.checkpoint, on_bytes)
 
 
 def _write_safetensors(
-    path: Path, file: OutputFile, checkpoint: Checkpoint, metadata: dict[str, str], on_bytes: OnBytes
+    stream: BinaryIO, file: OutputFile, checkpoint: Checkpoint, metadata: dict[str, str], on_bytes: OnBytes
 ) -> None:
     header, starts = _layout(file.outputs, metadata)
-    with path.open("wb") as stream:
-        stream.write(header)
-        for step in file.steps:
-            for output, offset, chunk in _produced(step, checkpoint):
-                stream.seek(starts[output.name] + offset)
-                stream.write(chunk)
-                on_bytes(len(chunk))
-        stream.flush()
-        os.fsync(stream.fileno())
+    stream.write(header)
+    for step in file.steps:
+        for output, offset, chunk in _produced(step, checkpoint):
+            stream.seek(starts[output.name] + offset)
+            stream.write(chunk)
+            on_bytes(len(chunk))
 
 
-def _write_torch(path: Path, file: OutputFile, checkpoint: Checkpoint, on_bytes: OnBytes) -> None:
+def _write_torch(stream: BinaryIO, file: OutputFile, checkpoint: Checkpoint, on_bytes: OnBytes) -> None:
     """As torch.save writes it, which takes all tensors at once."""
     tensors: dict[str, Tensor] = {}
     for step in file.steps:
@@ -167,12 +160,9 @@ def _write_torch(path: Path, file: OutputFile, checkpoint: Checkpoint, on_bytes:
             flat = tensors[output.name].view(-1).view(torch.uint8)
             flat[offset : offset + len(chunk)] = torch.frombuffer(bytearray(chunk), dtype=torch.uint8)
             on_bytes(len(chunk))
-    with path.open("wb") as stream:
-        for one in file.outputs:  # those without a number, of which no bytes came
-            tensors.setdefault(one.name, torch.empty(one.shape, dtype=DTYPES[one.code], device="cpu"))
-        torch.save({one.name: tensors[one.name] for one in file.outputs}, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
+    for one in file.outputs:  # those without a number, of which no bytes came
+        tensors.setdefault(one.name, torch.empty(one.shape, dtype=DTYPES[one.code], device="cpu"))
+    torch.save({one.name: tensors[one.name] for one in file.outputs}, stream)
 
 
 def _layout(outputs: tuple[Output, ...], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
@@ -254,39 +244,8 @@ def _write_descriptions(content: Path, plan: CheckpointPlan) -> None:
     if len(plan.files) > 1:
         weight_map = {output.name: file.name for file in plan.files for output in file.outputs}
         index = {"metadata": {"total_size": plan.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_text(content / INDEX, json.dumps(index, indent=1))
+        write_text(content / INDEX, json.dumps(index, indent=1))
     if plan.description is not None:
-        _write_text(content / DESCRIPTION, json.dumps(plan.description, indent=1))
+        write_text(content / DESCRIPTION, json.dumps(plan.description, indent=1))
     record = {key: value for key, value in plan.to_dict().items() if key not in ("files", "to")}
-    _write_text(content / RECORD, json.dumps(record, indent=1))
-
-
-def _write_text(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + _UNFINISHED)
-    with unfinished.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(unfinished, path)
-
-
-def _exchange(new: Path, destination: Path, older: Path) -> None:
-    """Put a new folder in the place of an older one. On Linux there is no moment at which neither is there."""
-    if not destination.exists():
-        os.replace(new, destination)
-        return
-    if sys.platform == "linux" and _renameat2_exchange(new, destination):
-        return
-    os.replace(destination, older)
-    try:
-        os.replace(new, destination)
-    except OSError:
-        os.replace(older, destination)
-        raise
-
-
-def _renameat2_exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step; False where the C library or the file system cannot."""
-    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return function is not None and function(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+    write_text(content / RECORD, json.dumps(record, indent=1))

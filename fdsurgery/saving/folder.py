@@ -12,8 +12,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +32,7 @@ from ..rewrite.folded import Folded, folded_norms, is_norm
 from ..rewrite.tree import swapped
 from ..surroundings import undisturbed
 from ..wrappers import unwrapped
+from .atomic import replace_files, replace_folder, scratch_beside
 from .description import Origin, check_plan, describe
 from .source import ModelSource, SourceError, import_library, infer, rebuild
 
@@ -91,13 +90,12 @@ def _save(model: nn.Module, folder: Path, source: ModelSource | None, plan: Plan
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the model's source cannot be written as JSON: {error}; pass source=") from None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-            fresh, old = Path(scratch) / "fresh", Path(scratch) / "old"
+        with scratch_beside(folder) as scratch:
+            fresh = scratch / "fresh"
             fresh.mkdir()
             save_file(tensors, str(fresh / WEIGHTS), metadata=weights_metadata(layers))
             (fresh / DESCRIPTION).write_text(text, encoding="utf-8")
-            _put_in_place(fresh, folder, old)
+            _put_in_place(fresh, folder, scratch / "older")
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
     return folder
@@ -280,21 +278,13 @@ def _folded(where: Path, model: nn.Module, names: list[str]) -> dict[nn.Module, 
     return {layers[fqn]: Folded(layers[fqn]) for fqn in names if not isinstance(layers[fqn], Folded)}
 
 
-def _put_in_place(fresh: Path, folder: Path, old: Path) -> None:
-    """Replace a save. A process that is killed leaves either one; only between saves of two models there is a moment
-    at which the older one is still, or already, beside the folder."""
+def _put_in_place(fresh: Path, folder: Path, aside: Path) -> None:
+    """Replace a save. A process that is killed leaves either one, or, where names cannot be exchanged in one step, the
+    older one beside the folder."""
     if _describe_the_same(fresh, folder):  # as in training: then either description fits either file of weights
-        for name in (WEIGHTS, DESCRIPTION):
-            os.replace(fresh / name, folder / name)
-        return
-    if folder.exists():
-        os.replace(folder, old)
-    try:
-        os.replace(fresh, folder)
-    except OSError:
-        if old.exists():
-            os.replace(old, folder)
-        raise
+        replace_files(fresh, folder, last=DESCRIPTION)
+    else:
+        replace_folder(fresh, folder, aside)
 
 
 def _describe_the_same(fresh: Path, folder: Path) -> bool:

@@ -6,9 +6,7 @@ import contextlib
 import importlib
 import json
 import math
-import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from ..surroundings import undisturbed
 from ..verification import Verification
 from ..wrappers import unwrapped
 from . import folder as checkpoint
+from .atomic import replace_files, scratch_beside
 from .card import is_own_card, model_card
 from .description import Origin, check_plan, describe, is_description, is_transformers_model
 
@@ -87,13 +86,12 @@ def _save(
         raise CheckpointError("the verification is not of this model: it is of other layers than are dynamic here")
     describe(model, None if plan is None else Origin.of(plan, model))
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-            fresh = Path(scratch) / "fresh"
+        with scratch_beside(folder) as scratch:
+            fresh = scratch / "fresh"
             model.save_pretrained(fresh, **kwargs)
             if not (folder / CARD).exists() or is_own_card((folder / CARD).read_bytes()):
                 (fresh / CARD).write_text(model_card(model, plan, verification), encoding="utf-8")
-            _move_into(folder, fresh)
+            _put_in_place(fresh, folder)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be written: {_first_line(error)}") from error
     return folder
@@ -162,14 +160,10 @@ def _bounded(folder: Path) -> contextlib.AbstractContextManager[None]:
     return no_larger_than(len(tensors), values, str(folder / CONFIG))
 
 
-def _move_into(folder: Path, fresh: Path) -> None:
+def _put_in_place(fresh: Path, folder: Path) -> None:
     """Put new files in the place of those of an earlier save; the config last, for without it nothing is loaded."""
-    if not folder.exists():
-        os.replace(fresh, folder)
-        return
     new = {path.name for path in fresh.iterdir()}
-    for path in sorted(fresh.iterdir(), key=lambda path: path.name == CONFIG):
-        os.replace(path, folder / path.name)
+    replace_files(fresh, folder, last=CONFIG)
     if any(map(_WEIGHTS.fullmatch, new)):  # else they are of a variant, which stands beside others
         for path in list(folder.iterdir()):
             if path.name not in new and (_WEIGHTS.fullmatch(path.name) or path.name == checkpoint.DESCRIPTION):
