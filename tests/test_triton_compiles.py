@@ -73,7 +73,8 @@ def modulate(
     missing: tuple[str, ...] = (),
     batch: int = 8,
 ) -> None:
-    from fdconv.gpu.modulate import _modulate, _modulate_backward
+    from fdconv.gpu.modulate import _modulate
+    from fdconv.gpu.modulate_backward import _modulate_backward
 
     k, each = kernel_size, channels // groups
     image = meta(batch, channels * k, each * k)
