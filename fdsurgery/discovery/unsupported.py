@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .effective import HOLDS_ZEROS, effective_layer
+from .computed_weight import HOLDS_ZEROS
+from .effective import effective_layer
 from .flow import Flow, Node, layer_input, shape_of
 from .inputs import Inputs
 from .ops import LAYOUT
