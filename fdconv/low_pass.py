@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import lru_cache
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .config import FDConfig
-from .cpu.workspace import is_transformed
+from .constants import constant
 from .modulation import gate
 from .precision import exact_dtype
 from .strides import contiguous
-
-T = TypeVar("T")
 
 
 def fourier_basis(size: int, highest: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -87,7 +82,7 @@ def low_passes(x: Tensor, bands: tuple[int, ...]) -> list[Tensor]:
         A map of the shape and dtype of `x` for each band.
     """
     height, width = x.shape[-2:]
-    rows, columns = cached(axis_bases, height, width, bands[0], x.device, x.dtype)
+    rows, columns = constant(axis_bases, height, width, bands[0], x.device, x.dtype, of_input=True)
     coefficients = rows.T @ (x @ columns)
     passed = []
     for k in bands:
@@ -117,7 +112,7 @@ def interpolated_masks(
 
 def interpolated_low_passes(x: Tensor, bands: tuple[int, ...]) -> list[Tensor]:
     """The low-passes that official checkpoints were trained with, by `interpolated_masks`; as `low_passes` else."""
-    masks = cached(interpolated_masks, *x.shape[-2:], bands, x.device, x.dtype)
+    masks = constant(interpolated_masks, *x.shape[-2:], bands, x.device, x.dtype, of_input=True)
     if x.numel() == 0:  # of which torch takes no transform
         return [x] * len(bands)
     spectrum = torch.fft.rfft2(x)
@@ -138,26 +133,12 @@ def soft_low_passes(x: Tensor, edges: Tensor, softness: float) -> list[Tensor]:
 
     def along(size: int) -> Tensor:
         """The low-passes of one axis as matrices, `(bands, B, 1, size, size)`."""
-        basis = cached(fourier_basis, size, size // 2, x.device, x.dtype)[:, :size]
+        basis = constant(fourier_basis, size, size // 2, x.device, x.dtype, of_input=True)[:, :size]
         frequency = ((torch.arange(size, dtype=torch.int64, device=x.device) + 1) // 2).to(x.dtype) / size
         kept = torch.sigmoid((edges.T[..., None] - frequency) / softness)
         return ((basis * kept.unsqueeze(2)) @ basis.T).unsqueeze(2)
 
     return [rows @ x @ columns for rows, columns in zip(along(x.shape[2]), along(x.shape[3]), strict=True)]
-
-
-@lru_cache(maxsize=64)
-def _cached(make: Callable[..., T], *arguments: Any) -> T:
-    with torch.inference_mode(False):
-        return make(*arguments)
-
-
-def cached(make: Callable[..., T], *arguments: Any) -> T:
-    """What `make` gives for a size, kept for the next call of that size; the latest 64 are."""
-    # Tensors made while tracing belong to the trace and must not outlive it.
-    if is_transformed():
-        return make(*arguments)
-    return _cached(make, *arguments)
 
 
 def steps(logits: Tensor, config: FDConfig) -> Tensor:

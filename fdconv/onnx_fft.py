@@ -8,17 +8,12 @@ twiddle factors as well: any size, and operators that every runtime has.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from functools import lru_cache, wraps
-from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import _disable_current_modes
 
-P = ParamSpec("P")
-T = TypeVar("T")
+from .constants import constant
 
 LARGEST = 16
 """Factor up to which runtimes take a step about as fast as memory goes."""
@@ -68,7 +63,7 @@ def planes(spectra: Tensor, width: int) -> Tensor:
     Returns:
         `(..., 2, D1, D2p)`.
     """
-    times = _times(width, spectra.dtype).to(spectra.device)
+    times = constant(_times, width, spectra.dtype).to(spectra.device)
     return padded((spectra * times).movedim(-1, -3), width)
 
 
@@ -89,7 +84,7 @@ def real_image(x: Tensor, width: int) -> Tensor:
 def _transformed(x: Tensor, size: int, *, real: bool) -> Tensor:
     """Transform an axis that holds real and then imaginary parts: `(B, 2*n, M)` to `(B, size, 2*M)`, or `M` if real."""
     batch, digits = x.shape[0], factors(size)
-    for step in _steps(size, real, x.dtype):
+    for step in constant(_steps, size, real, x.dtype):
         x = step.to(x.device) @ x.reshape(batch, step.shape[0], step.shape[2], -1)
     # This turns the digits round, and the caller moves one axis: runtimes do either in blocks, and number by number
     # what is both.
@@ -97,26 +92,12 @@ def _transformed(x: Tensor, size: int, *, real: bool) -> Tensor:
     return x.reshape(batch, size, -1)
 
 
-def constant(make: Callable[P, T]) -> Callable[P, T]:
-    """Call `make` once for the same arguments, and on the CPU; what is made while tracing must not be traced."""
-
-    @lru_cache(maxsize=64)
-    @wraps(make)
-    def made(*args: P.args, **kwargs: P.kwargs) -> T:
-        with _disable_current_modes(), torch.inference_mode(False), torch.device("cpu"):
-            return make(*args, **kwargs)
-
-    return made  # type: ignore[return-value]
-
-
-@constant
 def _times(width: int, dtype: torch.dtype) -> Tensor:
     """How often each column of a half spectrum counts, `(D2h, 1)`: twice if it stands for a negative frequency, too."""
     column = torch.arange(width // 2 + 1, dtype=torch.int64, device="cpu")
     return (2 - ((column == 0) | (2 * column == width)).to(dtype)).unsqueeze(1)
 
 
-@constant
 def _steps(size: int, real: bool, dtype: torch.dtype) -> list[Tensor]:
     """Matrices that transform an axis, for each factor `f` `(K, f*2, 2*f)`, with `K` the product of the factors before.
 

@@ -11,14 +11,13 @@ Adam moves it by as much. (Columns 0 and `D2/2` of a half spectrum stand for one
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import gcd, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from .constants import constant
 from .onnx_fft import planes, real_image, writes_onnx
 
 
@@ -65,21 +64,18 @@ def frequency_groups(d1: int, d2: int, kernel_num: int) -> Tensor:
     Returns:
         The group of every coefficient, `(d1, d2//2 + 1)`, uint8 (int32 for more than 256 groups), on the CPU.
     """
-    return _frequency_groups(d1, d2, kernel_num).clone()
+    return constant(_frequency_groups, d1, d2, kernel_num).clone()
 
 
-@lru_cache(maxsize=64)
 def _frequency_groups(d1: int, d2: int, kernel_num: int) -> Tensor:
-    # A layer may be built in inference mode or while tracing with fake tensors; what the cache keeps must be neither.
-    with _disable_current_modes(), torch.inference_mode(False):
-        common = gcd(d1, d2)
-        whole: Any = {"dtype": torch.int64, "device": "cpu"}
-        rows = torch.arange(d1, **whole)
-        rows = torch.minimum(rows, d1 - rows) * (d2 // common)
-        columns = torch.arange(d2 // 2 + 1, **whole) * (d1 // common)
-        squared_radius = rows[:, None] ** 2 + columns**2
-        order = torch.sort(squared_radius.flatten(), stable=True).indices
-        return groups_from_order(order, kernel_num).view(d1, d2 // 2 + 1)
+    common = gcd(d1, d2)
+    whole: Any = {"dtype": torch.int64, "device": "cpu"}
+    rows = torch.arange(d1, **whole)
+    rows = torch.minimum(rows, d1 - rows) * (d2 // common)
+    columns = torch.arange(d2 // 2 + 1, **whole) * (d1 // common)
+    squared_radius = rows[:, None] ** 2 + columns**2
+    order = torch.sort(squared_radius.flatten(), stable=True).indices
+    return groups_from_order(order, kernel_num).view(d1, d2 // 2 + 1)
 
 
 def groups_from_order(order: Tensor, kernel_num: int) -> Tensor:

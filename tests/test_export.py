@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 import fdsurgery
-from fdconv import FDConfig, FDConv2d, FDLinear, onnx_fft
+from fdconv import FDConfig, FDConv2d, FDLinear, constants, onnx_fft
 from fdsurgery.verification import relative_error
 
 onnx = pytest.importorskip("onnx")
@@ -51,9 +51,9 @@ def test_factors_are_few_and_small() -> None:
 
 
 def test_constants_are_made_outside_a_trace() -> None:
-    onnx_fft._steps.cache_clear()  # type: ignore[attr-defined]
+    constants._kept.cache_clear()
     with FakeTensorMode():
-        (step,) = onnx_fft._steps(5, False, torch.float32)
+        (step,) = constants.constant(onnx_fft._steps, 5, False, torch.float32)
     assert type(step) is Tensor and relative_error(step[0, 0], torch.tensor([1.0] * 5 + [0.0] * 5) / 5) < 1e-6
 
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from .. import low_pass
 from ..config import FDConfig
+from ..constants import constant
 from .workspace import blocks, buffer, wants_operations
 
 FLAT = 200
@@ -135,11 +136,11 @@ def _logits_backward(to_logits: Tensor, x: Tensor, weight: Tensor, groups: int, 
 def _split(x: Tensor, config: FDConfig) -> _Products | _Transforms:
     size, place = tuple(x.shape[2:]), (x.device, x.dtype)
     if config.band_mask == "interpolated":
-        return _Transforms(low_pass.cached(low_pass.interpolated_masks, *size, config.bands, *place))
+        return _Transforms(constant(low_pass.interpolated_masks, *size, config.bands, *place, of_input=True))
     if math.prod(size) <= FLAT:
-        basis, kept = low_pass.cached(low_pass.flat_basis, *size, config.bands, *place)
+        basis, kept = constant(low_pass.flat_basis, *size, config.bands, *place, of_input=True)
         return _Products(None, basis, [(1, columns) for columns in kept])
-    rows, columns = low_pass.cached(low_pass.axis_bases, *size, config.bands[0], *place)
+    rows, columns = constant(low_pass.axis_bases, *size, config.bands[0], *place, of_input=True)
     return _Products(rows, columns, [low_pass.ranks(size[0], size[1], k) for k in config.bands])
 
 
