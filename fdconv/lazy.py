@@ -18,16 +18,7 @@ from torch import Tensor
 from torch.overrides import get_default_nowrap_functions
 from torch.utils._pytree import tree_map_only
 
-from .weight_reads import (
-    NeutralWeightWarning,
-    Owner,
-    WeightReadError,
-    is_strict,
-    reader,
-    refuse_optimizer,
-    short,
-    tell,
-)
+from .weight_reads import NeutralWeightWarning, Owner, WeightReadError, is_strict, reader, refuse_optimizer, short, tell
 
 
 def _getter(name: str) -> Any:

@@ -5,7 +5,6 @@ from typing import Any
 
 from fdconv import NeutralWeightWarning, WeightReadError, strict_weight_reads
 
-from . import testing
 from .discovery import Site, sites
 from .errors import (
     CheckpointError,
@@ -17,13 +16,15 @@ from .errors import (
     SurgeryError,
     UnsupportedModelError,
 )
-from .finetune import freeze, optimizer_after_surgery, param_groups
+from .finetune import freeze, param_groups
 from .inference import compile_for_inference
 from .integrations import ultralytics as _ultralytics
 from .integrations.peft import registration as _peft_registration
 from .integrations.timm import registration as _timm_registration
 from .integrations.transformers import registration as _registration
 from .norms import fuse_norms
+from .operators import Operator, register_operator
+from .optimizers import optimizer_after_surgery
 from .plan import Decision, Plan
 from .planning import plan
 from .recipe import Recipe, load_recipe, shipped_recipes
@@ -48,6 +49,7 @@ __all__ = [
     "LayerVerification",
     "ModelSource",
     "NeutralWeightWarning",
+    "Operator",
     "Plan",
     "PlanError",
     "Recipe",
@@ -69,6 +71,7 @@ __all__ = [
     "optimizer_after_surgery",
     "param_groups",
     "plan",
+    "register_operator",
     "restore",
     "save",
     "save_pretrained",

@@ -14,9 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fdconv import FDConv2d, FDLinear
-from fdconv.inference import prepare
-
 from .errors import DiscoveryError, UnsupportedModelError
 from .norms import fuse_norms
 from .operators import operator_of
@@ -69,16 +66,16 @@ def compile_for_inference(model: nn.Module, *, example_inputs: Any = None) -> nn
         raise UnsupportedModelError("this model was prepared for inference already")
     shared = [*model.parameters(), *model.buffers()]
     fast = copy.deepcopy(model, {id(tensor): tensor for tensor in shared}).eval()
+    dynamic = [(layer, operator) for layer in fast.modules() if (operator := operator_of(layer)) is not None]
     try:
-        if any(isinstance(layer, (FDConv2d, FDLinear)) for layer in fast.modules()):
+        if any(operator.folds_norms for _, operator in dynamic):
             fuse_norms(fast, example_inputs=example_inputs)
     except DiscoveryError:
         if example_inputs is not None:
             raise
         warnings.warn("norms are not folded: pass example_inputs=, which cannot be told from this model", stacklevel=2)
-    for layer in list(fast.modules()):
-        if isinstance(layer, (FDConv2d, FDLinear)):
-            prepare(layer)
+    for layer, operator in dynamic:
+        operator.prepare(layer)
     devices = {tensor.device for tensor in shared}
     capture = _capture if len(devices) == 1 and next(iter(devices)).type == "cuda" else None
     # On the instance: hooks and the class stay.

@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fdconv import FDConv2d, FDLinear
-from fdconv.inference import PreparedModulation
-
 from .discovery import observe
 from .discovery.flow import Flow, Node, shape_of
 from .discovery.shadow import has_hooks, same_random_numbers
 from .errors import UnsupportedModelError
+from .operators import Operator, operator_of
 from .rewrite.check_model import refuse_unsupported
 from .rewrite.folded import Folded, is_norm
 from .rewrite.tree import swapped
@@ -61,21 +59,21 @@ def fuse_norms(model: nn.Module, *, example_inputs: Any = None) -> nn.Module:
             f"{training[0]!r} or the layer before it is in training mode, where it computes statistics of each batch; "
             "call model.eval() first"
         )
-    kept = [(fold.layer, fold.layer.filter_scale, fold.layer.bias) for fold in folds]
+    kept = [(fold.layer, dict(fold.layer._parameters), dict(fold.layer._buffers)) for fold in folds]
     try:
         with swapped(model, {fold.norm: Folded(fold.norm) for fold in folds}):
             for fold in folds:
-                fold.layer.scale_filters(fold.scale, fold.shift)
+                fold.operator.scale_filters(fold.layer, fold.scale, fold.shift)
     except BaseException:
-        for layer, scale, bias in kept:
-            layer.filter_scale, layer.bias = scale, bias
+        for layer, parameters, buffers in kept:
+            layer._parameters, layer._buffers = parameters, buffers
         raise
     describe(model)
     return model
 
 
 def _refuse_unready(model: nn.Module) -> None:
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, (FDConv2d, FDLinear))}
+    layers = {name: layer for name, layer in model.named_modules() if operator_of(layer) is not None}
     if not layers:
         raise UnsupportedModelError(
             f"this {type(model).__name__} has no dynamic layers: convert it first, fdsurgery.convert(model)"
@@ -85,10 +83,10 @@ def _refuse_unready(model: nn.Module) -> None:
             "norms are folded for inference, and this model is in training mode, where they compute statistics of each "
             "batch; call model.eval() first"
         )
-    if any(isinstance(module, PreparedModulation) for module in model.modules()):
+    if any(operator.is_prepared(layer) for layer in layers.values() if (operator := operator_of(layer)) is not None):
         raise UnsupportedModelError("this model was prepared for inference already, and its norms are folded")
     for name, layer in layers.items():
-        if layer.dft_weight.is_meta:
+        if any(parameter.is_meta for parameter in layer.parameters()):
             raise UnsupportedModelError(f"{name!r} is on the meta device and has no values; load the weights first")
 
 
@@ -96,7 +94,8 @@ def _refuse_unready(model: nn.Module) -> None:
 class _Fold:
     """A norm, and the layer that it goes into."""
 
-    layer: FDConv2d | FDLinear
+    layer: nn.Module
+    operator: Operator
     norm: nn.Module
     norm_name: str
     scale: Tensor
@@ -108,7 +107,8 @@ class _Fold:
 def _folds(model: nn.Module, example_inputs: Any) -> list[_Fold]:
     modules = dict(model.named_modules())
     norms = {name: module for name, module in modules.items() if is_norm(module)}
-    layers = {name: module for name, module in modules.items() if isinstance(module, (FDConv2d, FDLinear))}
+    operators = {name: operator for name, layer in modules.items() if (operator := operator_of(layer)) is not None}
+    layers = {name: modules[name] for name, operator in operators.items() if operator.folds_norms}
     if not norms:
         return []
     flow = Flow(observe(model, example_inputs).graph, layers)
@@ -121,7 +121,7 @@ def _folds(model: nn.Module, example_inputs: Any) -> list[_Fold]:
                 continue
             constants = _constants(norms[norm_name], layer)
             if constants is not None:
-                found.append(_Fold(layer, norms[norm_name], norm_name, *constants))
+                found.append(_Fold(layer, operators[name], norms[norm_name], norm_name, *constants))
     return found
 
 
@@ -189,7 +189,7 @@ def _readings(value: Node, flow: Flow, norms: _Norms) -> Iterator[tuple[Node, No
 def _has_channels(value: Node, layer: nn.Module) -> bool:
     """True if the second axis of a value is that of a layer's filters."""
     shape = shape_of(value) or ()
-    if isinstance(layer, FDConv2d):
+    if isinstance(layer, nn.Conv2d):
         return len(shape) == 4 and value.op == "call_module"
     return len(shape) == 2 and shape[1] == layer.out_features  # of three axes a norm would take positions for channels
 
@@ -209,7 +209,7 @@ def _constants(norm: Any, layer: nn.Module) -> tuple[Tensor, Tensor] | None:
         scale = torch.rsqrt(variance + getattr(twin, "eps", 1e-5))
         scale = scale if weight is None else scale * weight
         shift = -mean * scale if bias is None else bias - mean * scale
-        axes = (3, 2) if isinstance(layer, FDConv2d) else ()
+        axes = (3, 2) if isinstance(layer, nn.Conv2d) else ()
         x = torch.randn(3, len(mean), *axes, dtype=torch.float64, device="cpu")
         channels = (-1, *[1] * len(axes))
         try:

@@ -50,6 +50,20 @@ class Decision:
         return self.operator is not None
 
 
+def resolved(decisions: tuple[Decision, ...]) -> tuple[Decision, ...]:
+    """The decisions, with what follows for the settings of an operator's layers from all that it is given."""
+    by_operator: dict[str, list[Decision]] = {}
+    for decision in decisions:
+        if decision.operator is not None:
+            by_operator.setdefault(decision.operator, []).append(decision)
+    settings: dict[str, dict[str, Any]] = {}
+    for name, group in by_operator.items():
+        sites = [decision.site for decision in group]
+        found = get_operator(name).resolve(sites, [decision.settings for decision in group])
+        settings.update(zip((site.name for site in sites), found, strict=True))
+    return tuple(replace(one, settings=settings.get(one.site.name, one.settings)) for one in decisions)
+
+
 def _as_saved(decision: Decision) -> Decision:
     """A decision that was read, with all the settings that it meant when it was saved."""
     if decision.operator is None:
@@ -114,13 +128,8 @@ class Plan:
         if not kept:
             names = [decision.site.name for decision in self.swaps]
             raise PlanError(f"no swap of this plan matches {pattern!r}{near_misses(pattern, names)}")
-        return replace(
-            self,
-            decisions=tuple(
-                Decision(decision.site, reason) if decision.site.name in kept else decision
-                for decision in self.decisions
-            ),
-        )
+        left = (Decision(one.site, reason) if one.site.name in kept else one for one in self.decisions)
+        return replace(self, decisions=resolved(tuple(left)))
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON types."""
@@ -150,7 +159,7 @@ class Plan:
             # As JSON, in which a list may stand for a tuple while all else keeps its type.
             text = json.dumps({name: data[name] for name in known if name in data})
             plan = TypeAdapter(Plan).validate_json(text, strict=True)
-            return replace(plan, decisions=tuple(map(_as_saved, plan.decisions)))
+            return replace(plan, decisions=resolved(tuple(map(_as_saved, plan.decisions))))
         except ValidationError as error:
             fault = error.errors()[0]
             place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in fault["loc"])

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
-
-from fdconv import FDConv2d, FDLinear, layer_cost
 
 from .discovery.effective import same_padding
 from .discovery.observe import Observation, observe
@@ -18,8 +16,8 @@ from .discovery.site import Site
 from .discovery.trace import TracedBy
 from .errors import RecipeError, near_misses
 from .integrations.ultralytics import network_of
-from .operators import get_operator
-from .plan import Decision, Plan
+from .operators import Wanted, build_layers, get_operator
+from .plan import Decision, Plan, resolved
 from .recipe import Recipe, check_rules_matched, detect_recipe, load_recipe, matches_any
 from .rewrite.check_model import refuse_unsupported
 from .surroundings import undisturbed
@@ -78,7 +76,7 @@ def plan_and_observation(
         get_operator(rule.operator).settings({**rule.settings, **overrides})
     seen = observe(model, example_inputs, tracer)
     decisions = _decide_all(model, chosen, seen.sites, overrides)
-    decisions = tuple(_with_costs(decision, model, seen) if decision.swap else decision for decision in decisions)
+    decisions = _with_costs(resolved(decisions), model, seen)
     left_out = dict(seen.left_out)
     made = Plan(
         name, recognised, type(model).__name__, seen.tracer, decisions, left_out, chosen.finetune, example_inputs
@@ -149,37 +147,45 @@ def _decide(site: Site, recipe: Recipe, overrides: dict[str, Any], delegated: De
     return Decision(site, "no rule asks for it")
 
 
-def _with_costs(decision: Decision, model: nn.Module, seen: Observation) -> Decision:
-    """The decision to swap, with what it adds, counted on a twin of the new layer without memory."""
-    assert decision.operator is not None
-    site, layer = decision.site, model.get_submodule(decision.site.name)
-    bias = layer.bias is not None
+def _with_costs(decisions: tuple[Decision, ...], model: nn.Module, seen: Observation) -> tuple[Decision, ...]:
+    """The decisions, with what the swaps add, counted on twins of the new layers without memory."""
+    swaps = {decision.site.name: decision for decision in decisions if decision.swap}
+    layers = {name: model.get_submodule(name) for name in swaps}
     with torch.device("meta"):
-        twin: nn.Module
-        if site.kind == "conv":
-            twin = nn.Conv2d(site.in_channels, site.out_channels, site.kernel_size, groups=site.groups, bias=bias)
-        else:
-            twin = nn.Linear(site.in_channels, site.out_channels, bias)
-        new = get_operator(decision.operator).replace(twin, decision.settings)
-    return replace(
-        decision,
-        parameters_added=_count(new) - _count(layer),
-        multiply_adds_by_component=_multiply_adds_added(new, layer, site, seen),
-    )
+        made = build_layers(
+            Wanted(name, _twin(one.site, layers[name]), str(one.operator), one.settings) for name, one in swaps.items()
+        )
+    counted: set[nn.Parameter] = set()
+    costed = {}
+    for name, decision in swaps.items():
+        own = set(made[name].parameters()) - counted  # what layers share counts once
+        counted |= own
+        costed[name] = replace(
+            decision,
+            parameters_added=sum(parameter.numel() for parameter in own) - _count(layers[name]),
+            multiply_adds_by_component=_multiply_adds_added(decision, made[name], layers[name], seen),
+        )
+    return tuple(costed.get(decision.site.name, decision) for decision in decisions)
 
 
-def _multiply_adds_added(new: nn.Module, layer: nn.Module, site: Site, seen: Observation) -> dict[str, int]:
+def _twin(site: Site, layer: nn.Module) -> nn.Module:
+    """A plain layer of the shape of a site's."""
+    bias = layer.bias is not None
+    if site.kind == "conv":
+        return nn.Conv2d(site.in_channels, site.out_channels, site.kernel_size, groups=site.groups, bias=bias)
+    return nn.Linear(site.in_channels, site.out_channels, bias)
+
+
+def _multiply_adds_added(decision: Decision, new: nn.Module, layer: nn.Module, seen: Observation) -> dict[str, int]:
     """By component and for one sample, over the calls of the layer that were seen."""
-    if not isinstance(new, (FDConv2d, FDLinear)):
-        return {}
-    unbatched = 3 if isinstance(new, FDConv2d) else 1
+    site, operator = decision.site, get_operator(str(decision.operator))
+    unbatched = 3 if site.kind == "conv" else 1
     added: Counter[str] = Counter()
     for shape in filter(None, seen.input_shapes[site.name]):
         # What is a sample to the layer, and has a weight of its own, may be a part of one: a window, or a region.
         rows, sample = (1, shape) if len(shape) == unbatched else (shape[0], shape[1:])
-        for component, count in asdict(layer_cost(new, _padded(sample, layer, site))).items():
+        for component, count in operator.multiply_adds(new, _padded(sample, layer, site)).items():
             added[component] += rows * count
-    del added["convolution"]  # that of the plain layer
     return {component: count // seen.batch for component, count in added.items()}
 
 

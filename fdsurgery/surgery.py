@@ -15,9 +15,10 @@ from .discovery.record import record
 from .discovery.shadow import twin_of
 from .discovery.trace import TRACERS
 from .errors import PlanError, RewriteError, UnsupportedModelError, near_misses
-from .finetune import forget, remember, repairs_of
+from .finetune import forget, remember
 from .integrations.ultralytics import network_of
-from .operators import get_operator, operator_of
+from .operators import BuildError, Wanted, build_layers, operator_of
+from .optimizers import repairs_of
 from .plan import Decision, Plan
 from .planning import plan_and_observation, why_nothing
 from .recipe import Recipe
@@ -114,22 +115,20 @@ def carry_out(
     _refuse_empty(plan)
     now = {name: site for site in seen.sites for name in (site.name, *site.aliases)}
     layers = dict(model.named_modules(remove_duplicate=False))
-    replacements: dict[nn.Module, nn.Module] = {}
     for decision in plan.swaps:
-        old = layers[decision.site.name]
-        _refuse_offloaded(decision.site.name, old)
+        _refuse_offloaded(decision.site.name, layers[decision.site.name])
         if difference := _difference(decision.site, now[decision.site.name]):
             raise PlanError(
                 f"the plan no longer fits {decision.site.name!r}: {difference}; make a new plan, or keep the layer: "
                 f"plan = plan.exclude({decision.site.name!r}, reason=...)"
             )
-    for decision in plan.swaps:
-        assert decision.operator is not None
-        old = layers[decision.site.name]
-        try:
-            replacements[old] = get_operator(decision.operator).replace(old, decision.settings)
-        except Exception as error:
-            raise RewriteError(f"{decision.site.name}: {type(error).__name__}: {error}; nothing was changed") from error
+    try:
+        made = build_layers(
+            Wanted(one.site.name, layers[one.site.name], str(one.operator), one.settings) for one in plan.swaps
+        )
+    except BuildError as error:
+        raise RewriteError(f"{error}; nothing was changed") from error.__cause__
+    replacements = {layers[name]: layer for name, layer in made.items()}
     before = dict(model.named_parameters())
     with swapped(model, replacements):
         _check_in_use(model, plan, seen)
@@ -159,12 +158,12 @@ def restore(model: nn.Module) -> nn.Module:
     refuse_unsupported(model)
     replacements: dict[nn.Module, nn.Module] = {}
     made: dict[nn.Module, set[str]] = {}
-    for layer in model.modules():
+    for name, layer in model.named_modules():
         operator = operator_of(layer)
         if operator is not None:
             plain = replacements[layer] = operator.restore(layer)
             # What a dynamic layer consists of is what one made for the plain layer would.
-            again = operator.replace(twin_of(plain, meta=True)[0], operator.settings_of(layer))
+            (again,) = operator.build([name], [twin_of(plain, meta=True)[0]], [operator.settings_of(layer)])
             made[layer] = {*vars(again), *again._parameters, *again._buffers, *again._modules}
     with swapped(model, replacements, made):
         pass

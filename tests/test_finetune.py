@@ -401,7 +401,7 @@ def test_only_what_trains_has_gradients_and_moves() -> None:
     [
         ("modulatoin", r"no parameter matches 'modulatoin', .*did you mean 'modulation'\?"),
         (["modulation", "haed.weight"], r"no parameter matches 'haed.weight', .*did you mean 'head.weight'"),
-        ([], "nothing would train: give one or more of modulation, fdconv, all"),
+        ([], "nothing would train: give one or more of modulation, dynamic, all"),
     ],
 )
 def test_what_means_nothing_is_an_error(train: Any, message: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fdsurgery
 from fdsurgery.checkpoints import convert_checkpoint
-from fdsurgery.operators import OPERATORS
+from fdsurgery.operators import register
 from fdsurgery.recipe import parse_recipe
 from fdsurgery.recipe.schema import json_schema
 
@@ -43,7 +43,7 @@ class MixedConv2d(nn.Conv2d):
         return sum(gate.view(-1, 1, 1, 1) * output for gate, output in zip(gates.T, outputs, strict=True))
 
 
-class MixedOperator:
+class MixedOperator(fdsurgery.Operator):
     name = "mixed"
 
     def settings(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +80,9 @@ class MixedOperator:
 
 @pytest.fixture(autouse=True)
 def entered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setitem(OPERATORS, "mixed", MixedOperator())
+    fdsurgery.operators.operators()  # those of others, before ours
+    monkeypatch.setattr(register, "_operators", dict(register._operators))
+    fdsurgery.register_operator(MixedOperator())
     yield
 
 
@@ -111,7 +113,7 @@ def test_a_plan_claims_no_cost_that_was_not_counted(models: tuple[nn.Module, nn.
 
 def test_fine_tuning_knows_its_parameters(models: tuple[nn.Module, nn.Module, Tensor]) -> None:
     before, after, _ = models
-    trained = fdsurgery.freeze(copy.deepcopy(after), "fdconv")
+    trained = fdsurgery.freeze(copy.deepcopy(after), "mixed")
     assert len(trained) == 18 and all(name.rpartition(".")[2] in ("kernels", "gate") for name in trained)
     with pytest.raises(fdsurgery.FineTuningError, match="an operator that does not tell which parameters that is"):
         fdsurgery.freeze(after, "modulation")
@@ -143,13 +145,15 @@ def test_inference_and_the_way_back(models: tuple[nn.Module, nn.Module, Tensor])
     assert fdsurgery.verify(before, fdsurgery.restore(after), x).ok
 
 
-def test_checkpoints_say_that_they_are_of_fdconv(models: tuple[nn.Module, nn.Module, Tensor], tmp_path: Path) -> None:
-    torch.save(models[0].state_dict(), tmp_path / "plain.pth")
-    with pytest.raises(fdsurgery.CheckpointError, match="asks for 'mixed'; load the checkpoint into the plain model"):
-        convert_checkpoint(
-            tmp_path / "plain.pth", tmp_path / "out", model="timm:test_resnet", recipe=parse_recipe(TEXT)
-        )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain.pth"]
+def test_checkpoints_are_converted_on_disk(models: tuple[nn.Module, nn.Module, Tensor], tmp_path: Path) -> None:
+    before, _, x = models
+    torch.save(before.state_dict(), tmp_path / "plain.pth")
+    arguments: Any = {"model": "timm:test_resnet", "recipe": parse_recipe(TEXT)}
+    convert_checkpoint(tmp_path / "plain.pth", tmp_path / "out", **arguments)
+    assert fdsurgery.verify(before, fdsurgery.load(tmp_path / "out"), x).ok
+    with pytest.raises(fdsurgery.CheckpointError, match="no form of the authors' is known for layers of 'mixed'"):
+        convert_checkpoint(tmp_path / "plain.pth", tmp_path / "official.pth", to="official", **arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plain.pth"]
 
 
 def test_timm_reads_its_weights(tmp_path: Path) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,27 +12,19 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fdconv import FDConv2d, FDLinear
-from fdconv.official import OURS
-
-from ..errors import CheckpointError, SurgeryError, near_misses
-from ..operators import get_operator
-from ..operators.fdconv import FDConvOperator
+from ..errors import CheckpointError, near_misses
+from ..operators import BuildError, Operator, Wanted, build_layers, get_operator, operators
 from ..recipe import Recipe
-from ..saving.description import Description, is_description
-from ..saving.folder import DESCRIPTION, FORMAT, METADATA, WEIGHTS
+from ..saving.folder import METADATA
 from ..saving.source import ModelSource, build
-from .files import DTYPES, INDEX, Checkpoint, Stored, read_json
+from .described import described_layers
+from .files import DTYPES, Checkpoint, Stored
 from .naming import Foreign, Naming, Recognised, namings, recognise
 
 Form = Literal["plain", "official", "ours"]
-CONFIG = "config.json"
 FORMS: tuple[Form, ...] = ("plain", "official", "ours")
-_MODULATION = ("KSM_Global.", "KSM_Local.", "FBM.")
 _CONSTANTS = ("relative_position_index", "relative_coords_table", "attn_mask", "position_ids")
 """Buffers that older releases saved and newer ones compute."""
-_INVISIBLE = ("temperature", "kernel_temperature", "global_activation", "kernel_activation", "band_activation", "bands")
-"""Settings that a layer's tensors do not show, or not all of."""
 _SHOWN = 10
 """Problems of one kind that a message lists."""
 
@@ -74,11 +65,15 @@ class Piece:
 
 
 def form_of(checkpoint: Checkpoint) -> Form:
-    """`plain`, or whose dynamic layers it has: ours save the group of every coefficient, official ones do not."""
+    """`plain`, or whose dynamic layers it has: by what our files say of themselves, else by the names of tensors."""
+    if any(METADATA in shard.metadata for shard in checkpoint.shards):
+        return "ours"
     leaves = {name.rpartition(".")[2] for name in checkpoint.tensors}
-    if "dft_weight" not in leaves:
+    seen = [operator for operator in operators().values() if operator.leaf in leaves]
+    if not seen:
         return "plain"
-    return "ours" if "frequency_group" in leaves else "official"
+    official = all(one.official is not None and one.official.is_official(leaves) for one in seen)
+    return "official" if official else "ours"
 
 
 @dataclass(frozen=True)
@@ -101,8 +96,9 @@ class Layer:
     template: nn.Module
     """See `Build.template`."""
     settings: dict[str, Any]
-    dynamic: FDConv2d | FDLinear
+    dynamic: nn.Module
     """The dynamic layer, on meta."""
+    operator: Operator
 
     def state(self) -> dict[str, torch.Tensor]:
         """The dynamic layer's tensors, on meta."""
@@ -190,7 +186,7 @@ def _classes(checkpoint: Checkpoint, model: nn.Module, source: ModelSource, foun
     for name in (names,) if isinstance(names, str) else names:
         foreign = found.naming.table.get(f"{name}.weight")
         weight = model.state_dict().get(f"{name}.weight")
-        if weight is None or any(key.startswith(f"{name}.dft_weight") for key in checkpoint.tensors):
+        if weight is None or _operator_at(name, checkpoint) is not None:
             continue
         stored = None if foreign is None else checkpoint.tensors.get(found.name(foreign))
         if stored is None:
@@ -200,148 +196,60 @@ def _classes(checkpoint: Checkpoint, model: nn.Module, source: ModelSource, foun
     return None
 
 
+def _operator_at(inner: str, checkpoint: Checkpoint) -> Operator | None:
+    """The operator of the dynamic layer that a checkpoint has under a name, by its tensors."""
+    return next((one for one in operators().values() if one.leaf and f"{inner}.{one.leaf}" in checkpoint.tensors), None)
+
+
 def _dynamic_layers(asked: Asked, model: nn.Module, found: Recognised) -> tuple[dict[str, Layer], tuple[str, ...]]:
-    """The layers whose spectrum a checkpoint has, by what it tells of their settings, and what had to be guessed."""
-    tensors = asked.checkpoint.tensors
-    described = _described_settings(asked.checkpoint, model) if asked.form == "ours" else {}
-    layers = {}
-    guessed: list[str] = []
-    made: dict[nn.Module, Layer] = {}
+    """The layers that are dynamic in a checkpoint, by what it tells of their settings, and what had to be guessed."""
+    checkpoint, tensors = asked.checkpoint, asked.checkpoint.tensors
+    described = described_layers(checkpoint, model) if asked.form == "ours" else {}
+    guessed: list[tuple[str, Operator]] = []
+    wanted: dict[nn.Module, Wanted] = {}
     for fqn, module in model.named_modules(remove_duplicate=False):
         inner = found.layer(fqn)
-        if not isinstance(module, (nn.Conv2d, nn.Linear)) or inner is None or f"{inner}.dft_weight" not in tensors:
+        if not isinstance(module, (nn.Conv2d, nn.Linear)) or inner is None or module in wanted:
             continue
-        if module not in made:
-            dtype = DTYPES.get(tensors[f"{inner}.dft_weight"].code, torch.float32)
-            leaves = {name[len(inner) + 1 :]: one for name, one in tensors.items() if name.startswith(inner + ".")}
-            if (settings := described.get(fqn)) is None:
-                settings = settings_of(module, leaves, official=asked.form == "official")
-                guessed.append(fqn)
-            operator = get_operator(FDConvOperator.name)
-            settings = operator.settings({**settings, **asked.overrides})
-            stored = _stored_spectrum(leaves)
-            if asked.form == "ours" and settings["spectrum"] != stored:
-                raise CheckpointError(
-                    f"{asked.checkpoint.path}: the spectrum of {inner!r} is stored with spectrum: {stored}, and the "
-                    f"settings say {settings['spectrum']!r}, which does not change what is stored"
-                )
-            try:
-                template = operator.replace(copy.deepcopy(module).to("meta", dtype), settings)
-            except (ValueError, RuntimeError, TypeError) as error:
-                raise CheckpointError(f"{asked.checkpoint.path}: {inner!r} makes no layer: {error}") from None
-            assert isinstance(template, (FDConv2d, FDLinear))
-            made[module] = Layer(fqn, template, settings, template)
-        layers[fqn] = made[module]
-    return layers, tuple(_guess(guessed, asked.overrides))
+        name, settings = described.get(fqn, (None, None))
+        operator = _operator_at(inner, checkpoint) if name is None else get_operator(name)
+        if operator is None:
+            continue
+        leaves = {name[len(inner) + 1 :]: one for name, one in tensors.items() if name.startswith(inner + ".")}
+        if settings is None:
+            settings = operator.settings_of_tensors(module, leaves, asked.form == "official")
+            guessed.append((fqn, operator))
+        settings = operator.settings({**settings, **asked.overrides})
+        if asked.form == "ours" and (misfit := operator.check_tensors(settings, leaves)) is not None:
+            raise CheckpointError(f"{checkpoint.path}: {inner!r} {misfit}")
+        stored = tensors.get(f"{inner}.{operator.leaf}")
+        dtype = torch.float32 if stored is None else DTYPES.get(stored.code, torch.float32)
+        wanted[module] = Wanted(fqn, copy.deepcopy(module).to("meta", dtype), operator.name, settings)
+    try:
+        made = build_layers(wanted.values())
+    except BuildError as error:
+        if not isinstance(error.__cause__, (ValueError, RuntimeError, TypeError)):
+            raise
+        inner = found.layer(error.name) or error.name
+        raise CheckpointError(f"{checkpoint.path}: {inner!r} makes no layer: {error.__cause__}") from None
+    layers = {
+        module: Layer(one.name, made[one.name], one.settings, made[one.name], get_operator(one.operator))
+        for module, one in wanted.items()
+    }
+    named = model.named_modules(remove_duplicate=False)
+    return {fqn: layers[module] for fqn, module in named if module in layers}, tuple(_guess(guessed, asked.overrides))
 
 
-def _guess(names: list[str], overrides: dict[str, Any]) -> Iterator[str]:
+def _guess(guessed: list[tuple[str, Operator]], overrides: dict[str, Any]) -> Iterator[str]:
     """What to know of layers whose settings nothing tells."""
-    if names:
-        defaults = FDConvOperator().settings(overrides)
-        shown = ", ".join(f"{name} {defaults[name]}" for name in _INVISIBLE)
+    for operator in dict.fromkeys(operator for _, operator in guessed):
+        names = [name for name, its in guessed if its is operator]
+        defaults = operator.settings(overrides)
+        shown = ", ".join(f"{name} {defaults[name]}" for name in operator.unseen_settings) or "the defaults"
         yield (
             f"the settings of {len(names)} layers, {names[0]!r} first, are guessed from the shapes of their tensors; "
             f"what shows in none is taken as {shown}: where the model had others, give them by --set"
         )
-
-
-def _described_settings(checkpoint: Checkpoint, model: nn.Module) -> dict[str, dict[str, Any]]:
-    """The settings that a converted model was saved with, by layer; none where nothing tells them.
-
-    They stand in the folder, be it ours or transformers', in the metadata of the files, or beside a file.
-    """
-    path = checkpoint.path
-    folder = path if path.is_dir() else path.parent
-    if path.is_dir() and (found := _settings_of_folder(folder, model)):
-        return found
-    for shard in checkpoint.shards:
-        if METADATA in shard.metadata:
-            return _settings_of_metadata(shard.path, shard.metadata[METADATA])
-    beside = not path.is_dir() and path.name in (WEIGHTS, INDEX)
-    return _settings_of_folder(folder, model) if beside else {}
-
-
-def _settings_of_folder(folder: Path, model: nn.Module) -> dict[str, dict[str, Any]]:
-    if (folder / DESCRIPTION).is_file():
-        content = read_json(folder / DESCRIPTION)
-        return _settings_by_layer(folder / DESCRIPTION, content)
-    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
-    given: Any = config.get("quantization_config") if isinstance(config, dict) else None
-    if not is_description(given):
-        return {}
-    try:
-        description = Description.from_dict(given)
-        found = description.find(model)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder / CONFIG}: {error}") from None
-    settings = {found[name]: group.settings for group in description.layers for name in group.shapes if name in found}
-    named = model.named_modules(remove_duplicate=False)
-    return {fqn: settings[module] for fqn, module in named if module in settings}
-
-
-def _settings_of_metadata(path: Path, text: str) -> dict[str, dict[str, Any]]:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: what its metadata says of the layers is no JSON: {error}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: expected metadata of format {FORMAT}; a newer fdsurgery may read it")
-    return _settings_by_layer(path, content)
-
-
-def _settings_by_layer(path: Path, content: Any) -> dict[str, dict[str, Any]]:
-    layers = content.get("layers") if isinstance(content, dict) else None
-    if not isinstance(layers, dict) or not all(isinstance(entry, dict) for entry in layers.values()):
-        raise CheckpointError(f"{path} is damaged: it has no layers")
-    try:
-        return {fqn: get_operator(entry["operator"]).saved_settings(entry["settings"]) for fqn, entry in layers.items()}
-    except (KeyError, TypeError, AttributeError, SurgeryError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
-
-
-def _stored_spectrum(leaves: Mapping[str, Stored]) -> str:
-    """How a layer of ours has its spectrum, by its tensors."""
-    return "isometric" if OURS in leaves else "paper"
-
-
-def settings_of(layer: nn.Conv2d | nn.Linear, leaves: Mapping[str, Stored], *, official: bool) -> dict[str, Any]:
-    """What the tensors of a dynamic layer tell of its settings; the others are the defaults.
-
-    Args:
-        layer: its plain twin.
-        leaves: the dynamic layer's tensors by their name within it.
-        official: True for the authors' layers, whose band masks are `interpolated`.
-    """
-    settings: dict[str, Any] = {"band_mask": "interpolated"} if official else {}
-    # Official layers are put into our form as they are read; what version 0.1 saved stays in theirs.
-    settings["spectrum"] = "isometric" if official else _stored_spectrum(leaves)
-    if not any(leaf.startswith(_MODULATION) for leaf in leaves):
-        return settings
-    in_channels = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
-    spectra, squeeze = leaves["dft_weight"].shape, leaves.get("KSM_Global.fc.weight")
-    ratio = spectra[0] if spectra else 1
-    settings |= {"param_ratio": ratio, "ksm_global": squeeze is not None}
-    if squeeze is not None and squeeze.shape:
-        heads = leaves.get("KSM_Global.kernel_fc.weight")
-        settings["kernel_num"] = max(1, heads.shape[0] // max(1, ratio)) if heads and heads.shape else 1
-        width = squeeze.shape[0]
-        if width != max(in_channels // 16, 16):
-            settings |= {"reduction": (width + 0.5) / in_channels, "min_attention_channels": 1}
-        normed = "rms" if "KSM_Global.norm.weight" in leaves else "batch"
-        usual = "rms" if settings["spectrum"] == "isometric" or isinstance(layer, nn.Linear) else "batch"
-        settings["norm"] = "auto" if normed == usual else normed
-    if isinstance(layer, nn.Conv2d):
-        settings["ksm_local"] = "KSM_Local.conv.weight" in leaves
-        maps = [one for leaf, one in leaves.items() if leaf.startswith("FBM.") and leaf.endswith(".weight")]
-        settings["fbm_kernel_sizes"] = [layer.kernel_size[0]] if maps else []
-        if "FBM.edges.edge" in leaves:
-            settings["band_edges"] = "dynamic" if "FBM.edges.scale.weight" in leaves else "learned"
-        if len(maps) == 4:
-            settings["band_lowfreq"] = True
-        if maps and maps[0].shape:
-            settings["band_groups"] = maps[0].shape[0]
-    return settings
 
 
 def _located(fit: Fit) -> Fit:
@@ -384,13 +292,9 @@ def _located(fit: Fit) -> Fit:
 
     elsewhere = {other for group in groups.values() if any(name in pieces for name in group) for other in group}
     problems += [
-        Problem(
-            "no counterpart",
-            f"{found.layer(fqn)}",
-            ": it is modulated as a convolution, and is a linear layer here",
-        )
-        for fqn in fit.layers
-        if f"{found.layer(fqn)}.KSM_Local.conv.weight" in tensors and f"{fqn}.KSM_Local.conv.weight" not in expected
+        Problem("no counterpart", f"{found.layer(fqn)}", f": {misfit}")
+        for fqn, layer in fit.layers.items()
+        if (misfit := _misfit(layer, _within(f"{found.layer(fqn)}", tensors)))
     ]
     missing = [name for name in missing if name not in elsewhere and not _starts_anew(fit, name)]
     unused = [name for name in tensors if name not in used]
@@ -412,6 +316,16 @@ def _located(fit: Fit) -> Fit:
     )
 
 
+def _within(layer: str, names: Iterable[str]) -> list[str]:
+    """The names of a layer's tensors, as they are within it."""
+    return [name[len(layer) + 1 :] for name in names if name.startswith(layer + ".")]
+
+
+def _misfit(layer: Layer, present: list[str]) -> str | None:
+    official = layer.operator.official
+    return None if official is None else official.misfit(present, layer.state())
+
+
 def _near(at: int, name: str, known: list[str]) -> str:
     """Near misses for those problems that are shown: each takes a look at every name."""
     return near_misses(name, known, 1) if at < _SHOWN else ""
@@ -424,15 +338,10 @@ def _starts_anew(fit: Fit, name: str) -> bool:
     )
     if fqn not in fit.layers:
         return leaf == "num_batches_tracked"
-    if fit.asked.form != "official":
+    official = fit.layers[fqn].operator.official
+    if fit.asked.form != "official" or official is None:
         return False
-    if leaf in ("frequency_group", OURS):
-        return True
-    inner = fit.found.layer(fqn)
-    modulated = any(
-        key.startswith(tuple(f"{inner}.{part}" for part in _MODULATION)) for key in fit.asked.checkpoint.tensors
-    )
-    return leaf.startswith(_MODULATION) and not modulated
+    return official.starts_anew(leaf, _within(f"{fit.found.layer(fqn)}", fit.asked.checkpoint.tensors))
 
 
 def _part_shape(stored: Stored, foreign: Foreign) -> tuple[int, ...] | None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..operators import operators
+
 
 @dataclass(frozen=True)
 class Foreign:
@@ -103,14 +105,20 @@ def recognise(known: Iterable[Naming], present: Collection[str]) -> Recognised |
 
 
 def _has(name: str, present: Collection[str]) -> bool:
-    return name in present or (name.endswith(".weight") and name.removesuffix("weight") + "dft_weight" in present)
+    return name in present or any(other in present for other in _dynamic(name))
+
+
+def _dynamic(name: str) -> list[str]:
+    """What a plain layer's weight may be called where the layer is dynamic."""
+    leaves = [operator.leaf for operator in operators().values() if operator.leaf is not None]
+    return [name.removesuffix("weight") + leaf for leaf in leaves] if name.endswith(".weight") else []
 
 
 def _prefixes(wanted: list[str], present: Collection[str]) -> list[str]:
     """What stands in a checkpoint before some of the wanted names, shortest first."""
     weights = [name for name in wanted if name.endswith(".weight")]
     samples = {name for at in (0, len(weights) // 2, -1) for name in weights[at:][:1]}
-    samples |= {name.removesuffix("weight") + "dft_weight" for name in samples}
+    samples |= {other for name in samples for other in _dynamic(name)}
     found = {
         name.removesuffix(sample)
         for name in present

@@ -3,128 +3,30 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from fdconv import FDConv2d, FDLinear
-from fdconv.official import (
-    OURS,
-    divides_evenly,
-    public_arguments,
-    public_groups,
-    public_obstacle,
-    public_setting_obstacle,
-)
+from torch import Tensor
 
 from ..errors import CheckpointError, DiscoveryError, SurgeryError, near_misses
-from ..operators import get_operator
-from ..operators.fdconv import FDConvOperator
+from ..operators import BuildError, Wanted, build_layers, get_operator
 from ..plan import Plan
 from ..planning import plan
 from ..recipe import Recipe, load_recipe, matches_any
 from ..saving.folder import DESCRIPTION, FORMAT
 from ..saving.source import SourceError
-from .files import CODES, DTYPES, Checkpoint, open_checkpoint
-from .matching import FORMS, Asked, Fit, Form, Layer, MisfitError, Piece, Problem, fit_model, form_of, squeezed
-from .naming import Naming
+from .files import DTYPES, Checkpoint, open_checkpoint
+from .matching import FORMS, Asked, Fit, Form, Layer, MisfitError, Problem, fit_model, form_of
+from .steps import FILE_SUFFIXES, OutputFile, files_of, official_form, official_layer, official_steps, own_steps
 
 RECORD = "conversion.json"
 """In a folder that a conversion wrote: what it was."""
-FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-"""Destinations that are files."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
-
-
-@dataclass(frozen=True)
-class Output:
-    """A tensor to be written."""
-
-    name: str
-    code: str
-    shape: tuple[int, ...]
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Copy:
-    """A tensor that is written as it is, from pieces that lie one after another; zeros where there is none."""
-
-    output: Output
-    pieces: tuple[Piece, ...]
-
-    @property
-    def outputs(self) -> tuple[Output, ...]:
-        """Those of this step."""
-        return (self.output,)
-
-
-@dataclass(frozen=True)
-class Rescale:
-    """A tensor that is multiplied on the way, for one side stores it isometrically and the other as in the paper."""
-
-    output: Output
-    piece: Piece
-    factor: Tensor = field(repr=False)
-    """Float64, broadcasts to the tensor."""
-
-    @property
-    def outputs(self) -> tuple[Output, ...]:
-        """That of this step."""
-        return (self.output,)
-
-    @property
-    def pieces(self) -> tuple[Piece, ...]:
-        """That of this step."""
-        return (self.piece,)
-
-
-@dataclass(frozen=True)
-class Build:
-    """A dynamic layer made on the way, and those of its tensors that are written."""
-
-    layer: str
-    template: nn.Module = field(repr=False)
-    """On meta: the plain layer, or the dynamic one where the checkpoint has its spectrum."""
-    settings: dict[str, Any] | None
-    """Of the operator that replaces a plain template; None for a dynamic template, which only gives its start."""
-    inputs: dict[str, Piece]
-    """The plain layer's tensors, by their name within it."""
-    made: dict[str, Output]
-    """By name within the layer."""
-
-    @property
-    def outputs(self) -> tuple[Output, ...]:
-        """Those of this step."""
-        return tuple(self.made.values())
-
-
-Step = Copy | Rescale | Build
-
-
-@dataclass(frozen=True)
-class OutputFile:
-    """A file to be written, and how."""
-
-    name: str
-    steps: tuple[Step, ...]
-
-    @property
-    def outputs(self) -> tuple[Output, ...]:
-        """The tensors of the file."""
-        return tuple(output for step in self.steps for output in step.outputs)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors of the file."""
-        return sum(output.nbytes for output in self.outputs)
 
 
 @dataclass(frozen=True)
@@ -242,11 +144,9 @@ def plan_checkpoint(
     form = next((form for form in FORMS if form == source_form), seen)
     if (form == "plain") != (seen == "plain"):
         has = "has" if form == "plain" else "has no"
-        raise CheckpointError(f"{source} is no {form} checkpoint: it {has} tensors called dft_weight")
+        raise CheckpointError(f"{source} is no {form} checkpoint: it {has} tensors of dynamic layers")
     target: Form = "official" if to == "official" else "ours"
     asked = Asked(checkpoint, destination, form, target, recipe, settings or {})
-    if (form, target) == ("plain", "official"):  # to be what the authors' layers are
-        asked = replace(asked, overrides={"spectrum": "paper", **asked.overrides})
     if model is None and source.is_dir() and (source / "config.json").is_file():
         model = f"hf:{source}"
     if model is not None:
@@ -316,7 +216,7 @@ def _complete(fit: Fit, *, described: bool) -> CheckpointPlan:
     refused = tuple(_refusals(fit, layers))
     if refused:
         raise MisfitError(f"{asked.checkpoint.path} cannot be converted", refused)
-    steps = list(_official_steps(fit, layers) if asked.to == "official" else _own_steps(fit, layers))
+    steps = list(official_steps(fit, layers) if asked.to == "official" else own_steps(fit, layers))
     canonical = {layer.fqn: layer for layer in layers.values()}
     naming, prefix = fit.found.naming.label, fit.found.prefix
     return CheckpointPlan(
@@ -327,8 +227,8 @@ def _complete(fit: Fit, *, described: bool) -> CheckpointPlan:
         fit.spec,
         None if made is None else made.recipe,
         f"{naming} after {prefix!r}" if prefix else naming,
-        {fqn: {"operator": FDConvOperator.name, "settings": layer.settings} for fqn, layer in canonical.items()},
-        _files(asked, steps),
+        _described(canonical),
+        files_of(asked, steps),
         () if fit.keeps_names else fit.unclaimed,
         (*fit.notes, *_notes(fit, canonical)),
         _description(fit, canonical, made) if described and asked.to == "ours" else None,
@@ -336,200 +236,67 @@ def _complete(fit: Fit, *, described: bool) -> CheckpointPlan:
 
 
 def _planned_layers(fit: Fit, made: Plan) -> dict[str, Layer]:
-    layers: dict[str, Layer] = {}
+    wanted: dict[str, Wanted] = {}
     for decision in made.swaps:
-        assert decision.operator is not None
-        fqn = decision.site.name
+        operator, fqn = get_operator(str(decision.operator)), decision.site.name
         template = copy.deepcopy(fit.model.get_submodule(fqn)).to("meta")
         piece = fit.pieces.get(f"{fqn}.weight")
         code = "F32" if piece is None else fit.asked.checkpoint.tensors[piece.tensor].code
         if code in _FLOATS:
             template = template.to(DTYPES[code])
-        dynamic = get_operator(decision.operator).replace(template, decision.settings)
-        if not isinstance(dynamic, (FDConv2d, FDLinear)):
-            raise CheckpointError(
-                f"{fqn}: checkpoints are converted to layers of fdconv, and the recipe asks for {decision.operator!r}; "
-                "load the checkpoint into the plain model, then convert and save that"
-            )
-        layer = Layer(fqn, template, decision.settings, dynamic)
-        layers |= dict.fromkeys((fqn, *decision.site.aliases), layer)
-    return layers
+        settings = decision.settings
+        if fit.asked.to == "official":  # to be what the authors' layers are
+            usual = official_form(fqn, operator).settings.items()
+            settings = {**settings, **{key: value for key, value in usual if key not in fit.asked.overrides}}
+        wanted[fqn] = Wanted(fqn, template, operator.name, settings)
+    try:
+        dynamic = build_layers(wanted.values())
+    except BuildError as error:
+        raise CheckpointError(f"{fit.asked.checkpoint.path}: {error}") from error
+    layers = {
+        fqn: Layer(fqn, one.layer, one.settings, dynamic[fqn], get_operator(one.operator))
+        for fqn, one in wanted.items()
+    }
+    return {name: layers[one.site.name] for one in made.swaps for name in (one.site.name, *one.site.aliases)}
 
 
 def _refusals(fit: Fit, layers: dict[str, Layer]) -> Iterator[Problem]:
     """The layers that cannot be made, or that the other side has no counterpart of."""
     for fqn, layer in layers.items():
-        piece = fit.pieces.get(f"{fqn}.weight") or fit.pieces.get(f"{fqn}.dft_weight")
+        piece = fit.pieces.get(f"{fqn}.weight") or fit.pieces.get(f"{fqn}.{layer.operator.leaf}")
         if piece is not None and (code := fit.asked.checkpoint.tensors[piece.tensor].code) not in _FLOATS:
-            yield Problem("no counterpart", fqn, f": its weight is stored as {code}, and a spectrum needs real numbers")
+            yield Problem(
+                "no counterpart", fqn, f": its weight is stored as {code}, and a dynamic layer needs real numbers"
+            )
         if fit.asked.to == "official":
-            obstacle = public_obstacle(layer.dynamic) or public_setting_obstacle(layer.dynamic)
-            if obstacle is None and _official_layer(fit, fqn) is None:
+            form = official_form(fqn, layer.operator)
+            obstacle = form.obstacle(layer.dynamic, from_plain=fit.asked.form == "plain")
+            if obstacle is None and official_layer(fit, fqn) is None:
                 obstacle = "it is a part of another tensor there"
-            if obstacle is None and fit.asked.form != "plain" and not divides_evenly(layer.dynamic):
-                obstacle = f"its coefficients make no {layer.settings['kernel_num']} groups of one size"
             if obstacle is not None:
                 yield Problem("no counterpart", fqn, f": {obstacle}")
 
 
-def _official_layer(fit: Fit, fqn: str) -> str | None:
-    """What a layer is called in the result, for the authors' code."""
-    return fit.found.layer(fqn) if fit.keeps_names else _target(fit).layer(fqn)
-
-
-def _target(fit: Fit) -> Naming:
-    return next((naming for naming in fit.known if naming.official), fit.known[-1])
-
-
-def _own_steps(fit: Fit, layers: dict[str, Layer]) -> Iterator[Step]:
-    """The result under the model's own names."""
-    begun: set[str] = set()
-    for name, shape in fit.expected.items():
-        fqn = next((fqn for fqn in _ancestors(name) if fqn in layers), None)
-        if fqn is None:
-            if (piece := fit.pieces.get(name)) is not None:
-                yield Copy(_output(name, fit, piece, shape), (piece,))
-            elif name.endswith("num_batches_tracked"):
-                yield Copy(Output(name, "I64", (), 8), ())
-        elif fit.asked.form == "plain":
-            if fqn not in begun and f"{fqn}.weight" in fit.pieces:
-                begun.add(fqn)
-                yield _build_step(fit, layers[fqn], fqn, fqn, tuple(layers[fqn].state()))
-        elif (piece := fit.pieces.get(name)) is not None:
-            yield _in_form(fit, layers[fqn], name[len(fqn) + 1 :], _output(name, fit, piece, shape), piece)
-        elif fqn not in begun and f"{fqn}.dft_weight" in fit.pieces:
-            begun.add(fqn)
-            leaves = [leaf for leaf in layers[fqn].state() if f"{fqn}.{leaf}" not in fit.pieces]
-            yield _build_step(fit, layers[fqn], fqn, fqn, tuple(leaves))
-
-
-def _official_steps(fit: Fit, layers: dict[str, Layer]) -> Iterator[Step]:
-    """The result under the names that the authors' code has; from a plain checkpoint what their tool writes."""
-    spectra = {}
-    for fqn, layer in layers.items():
-        if (piece := fit.pieces.get(f"{fqn}.weight")) is not None and fit.asked.form == "plain":
-            spectra[piece.tensor] = _build_step(fit, layer, fqn, f"{_official_layer(fit, fqn)}", ("dft_weight",))
-    if fit.keeps_names:
-        dynamic = {fit.found.layer(fqn): layer for fqn, layer in layers.items() if fit.asked.form == "ours"}
-        for name, stored in fit.asked.checkpoint.tensors.items():
-            whole = Piece(name, 0, stored.nbytes)
-            output = Output(name, stored.code, stored.shape, stored.nbytes)
-            owner = next((inner for inner in _ancestors(name) if inner in dynamic), None)
-            if owner is None:
-                yield spectra.get(name) or Copy(output, (whole,))
-            elif not name.endswith(f".{OURS}"):
-                yield _in_form(fit, dynamic[owner], name[len(owner) + 1 :], output, whole)
-        return
-    fused: dict[str, list[tuple[int, Piece]]] = {}
-    for name, piece in fit.pieces.items():
-        shape = fit.expected[name]
-        if piece.tensor in spectra:
-            yield spectra[piece.tensor]
-            continue
-        owner = next((fqn for fqn in _ancestors(name) if fqn in layers), None)
-        if owner is not None:
-            output = _output(f"{_official_layer(fit, owner)}{name[len(owner) :]}", fit, piece, shape)
-            if not name.endswith(f".{OURS}"):
-                yield _in_form(fit, layers[owner], name[len(owner) + 1 :], output, piece)
-            continue
-        foreign = _target(fit).table[name]
-        parts = fused.setdefault(foreign.name, [])
-        parts.append((foreign.part, piece))
-        if len(parts) == foreign.parts:
-            shape = (shape[0] * foreign.parts, *shape[1:]) if foreign.parts > 1 else shape
-            shape = (*squeezed(shape), *foreign.tail) if foreign.tail else shape
-            ordered = tuple(piece for _, piece in sorted(parts, key=lambda part: part[0]))
-            yield Copy(_output(foreign.name, fit, piece, shape, foreign.parts), ordered)
-
-
-def _in_form(fit: Fit, layer: Layer, leaf: str, output: Output, piece: Piece) -> Step:
-    """A tensor of a dynamic layer in the form that the result has."""
-    factor = None if fit.asked.form == fit.asked.to else layer.dynamic.factors_from_paper().get(leaf)
-    if factor is None:
-        return Copy(output, (piece,))
-    return Rescale(output, piece, factor if fit.asked.to == "ours" else 1 / factor)
-
-
-def _ancestors(name: str) -> Iterator[str]:
-    while name:
-        name = name.rpartition(".")[0]
-        yield name
-
-
-def _output(name: str, fit: Fit, piece: Piece, shape: tuple[int, ...], parts: int = 1) -> Output:
-    code = fit.asked.checkpoint.tensors[piece.tensor].code
-    return Output(name, code, shape, (piece.stop - piece.start) * parts)
-
-
-def _build_step(fit: Fit, layer: Layer, fqn: str, name: str, leaves: tuple[str, ...]) -> Build:
-    """A layer under its name in the model, and what it is called in the result."""
-    plain = fit.asked.form == "plain"
-    inputs = {leaf: fit.pieces[f"{fqn}.{leaf}"] for leaf in layer.template.state_dict() if plain}
-    made = {}
-    for leaf, tensor in layer.state().items():
-        if leaf in leaves:
-            code = CODES[tensor.dtype]
-            made[leaf] = Output(f"{name}.{leaf}", code, tuple(tensor.shape), tensor.numel() * tensor.element_size())
-    return Build(layer.fqn, layer.template, layer.settings if plain else None, inputs, made)
-
-
-def _files(asked: Asked, steps: list[Step]) -> tuple[OutputFile, ...]:
-    """The steps by the file of the checkpoint that they read from, so that one of ours comes from one of theirs."""
-    if asked.destination.suffix in FILE_SUFFIXES:
-        return (OutputFile(asked.destination.name, tuple(steps)),)
-    by_shard: dict[int, list[Step]] = {}
-    last = 0
-    for step in steps:
-        read = tuple(step.inputs.values()) if isinstance(step, Build) else step.pieces
-        last = asked.checkpoint.shard_index(read[0].tensor) if read else last
-        by_shard.setdefault(last, []).append(step)
-    if len(by_shard) == 1:
-        return (OutputFile("model.safetensors", tuple(steps)),)
-    count = len(by_shard)
-    return tuple(
-        OutputFile(f"model-{number:05}-of-{count:05}.safetensors", tuple(by_shard[shard]))
-        for number, shard in enumerate(sorted(by_shard), 1)
-    )
-
-
 def _notes(fit: Fit, layers: dict[str, Layer]) -> Iterator[str]:
-    """Where the authors' code is another than ours: groups of one size, no order saved, interpolated band masks."""
+    """Where the authors' code is another than ours."""
     form, to = fit.asked.form, fit.asked.to
-    if form == "plain" and to == "official":
-        uneven = [layer for layer in layers.values() if not divides_evenly(layer.dynamic)]
-        if uneven:
-            yield (
-                f"{len(uneven)} layers, {uneven[0].fqn!r} first, make no {uneven[0].settings['kernel_num']} groups of "
-                "one size; the public code needs another kernel_num there"
-            )
-    if form == "official" and to == "ours":
-        yield (
-            "official checkpoints do not save the order of coefficients of equal radius; it was computed as the public "
-            f"code does with torch {torch.__version__}, and is saved as frequency_group"
-        )
-    if to == "official":
-        told = Counter(json.dumps(public_arguments(layer.dynamic)) for layer in layers.values())
-        for text, count in told.items():
-            if arguments := json.loads(text):
-                shown = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-                yield f"{count} layers of the public code must be built with {shown}, which no tensor tells"
-    if form != "ours" or to != "official":
-        return
-    moved = total = 0
-    for fqn, layer in layers.items():
-        piece = fit.pieces.get(f"{fqn}.frequency_group")
-        if piece is not None:
-            groups = fit.asked.checkpoint.read(piece.tensor)
-            moved += int((groups != public_groups(layer.dynamic)).sum())
-            total += groups.numel()
-    if moved:
-        yield (
-            f"{moved / total:.2%} of the coefficients are in another group in the order that the public code computes "
-            f"with torch {torch.__version__}; it does not read frequency_group"
-        )
-    exact = sum(layer.settings["band_mask"] == "exact" and layer.dynamic.FBM is not None for layer in layers.values())
-    if exact:
-        yield f"{exact} layers cut their bands exactly (band_mask: exact), and the public code interpolates a mask"
+
+    def read(fqn: str, leaf: str) -> Tensor | None:
+        piece = fit.pieces.get(f"{fqn}.{leaf}")
+        return None if piece is None else fit.asked.checkpoint.read(piece.tensor)
+
+    for operator in dict.fromkeys(layer.operator for layer in layers.values()):
+        if operator.official is None:
+            continue
+        if form == "official" and to == "ours":
+            yield from operator.official.notes_on_reading()
+        if to == "official":
+            own = {fqn: layer.dynamic for fqn, layer in layers.items() if layer.operator is operator}
+            yield from operator.official.notes_on_writing(own, read, from_plain=form == "plain")
+
+
+def _described(layers: dict[str, Layer]) -> dict[str, dict[str, Any]]:
+    return {fqn: {"operator": layer.operator.name, "settings": layer.settings} for fqn, layer in layers.items()}
 
 
 def _description(fit: Fit, layers: dict[str, Layer], made: Plan | None) -> dict[str, Any]:
@@ -537,7 +304,7 @@ def _description(fit: Fit, layers: dict[str, Layer], made: Plan | None) -> dict[
         "format": FORMAT,
         "versions": {"fdsurgery": version("fdsurgery"), "torch": torch.__version__},
         "source": fit.source.to_dict(),
-        "layers": {fqn: {"operator": FDConvOperator.name, "settings": layer.settings} for fqn, layer in layers.items()},
+        "layers": _described(layers),
         "finetune": {} if made is None else made.finetune.to_dict(),
         "plan": None if made is None else made.to_dict(),
     }

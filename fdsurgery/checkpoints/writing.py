@@ -19,17 +19,15 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from fdconv import FDConv2d, FDLinear
-from fdconv.official import public_groups
 from fdconv.precision import rescaled
 
 from ..errors import CheckpointError
-from ..operators import get_operator
-from ..operators.fdconv import FDConvOperator
+from ..operators import Wanted, build_layers, get_operator
 from ..saving.atomic import UNFINISHED, put_back, replace_folder, whole_file, write_text
 from ..saving.folder import DESCRIPTION, weights_metadata
 from .files import DTYPES, INDEX, Checkpoint, bytes_of
-from .planning import RECORD, Build, CheckpointPlan, Copy, Output, OutputFile, Rescale, Step
+from .planning import RECORD, CheckpointPlan
+from .steps import Build, Copy, Output, OutputFile, Part, Rescale, Step
 
 OnBytes = Callable[[int], None]
 _STAMP = "stamp"
@@ -200,9 +198,11 @@ def _produced(step: Step, checkpoint: Checkpoint) -> Iterator[tuple[Output, int,
     if isinstance(step, Rescale):
         yield step.output, 0, bytes_of(_rescaled(step, checkpoint))
         return
-    state = _built(step, checkpoint).state_dict()
-    for leaf, output in step.made.items():
-        yield output, 0, bytes_of(state[leaf])
+    layers = _built(step, checkpoint)
+    for part in step.parts:
+        state = layers[part.layer].state_dict()
+        for leaf, output in part.made.items():
+            yield output, 0, bytes_of(state[leaf])
 
 
 def _rescaled(step: Rescale, checkpoint: Checkpoint) -> Tensor:
@@ -213,30 +213,40 @@ def _rescaled(step: Rescale, checkpoint: Checkpoint) -> Tensor:
     return rescaled(value, step.factor)
 
 
-def _built(step: Build, checkpoint: Checkpoint) -> nn.Module:
-    """The dynamic layer of a step, in memory."""
-    layer = copy.deepcopy(step.template).to_empty(device="cpu")
+def _built(step: Build, checkpoint: Checkpoint) -> dict[str, nn.Module]:
+    """The dynamic layers of a step, in memory."""
     with torch.random.fork_rng(devices=()):
         # The first map of the attention is drawn at random. The same layer gets the same one, in whatever run.
-        torch.manual_seed(zlib.crc32(step.layer.encode()))
-        if step.settings is None:
-            assert isinstance(layer, (FDConv2d, FDLinear))
-            layer.reset_modulation()
-            layer.frequency_group.copy_(public_groups(layer))
-            return layer
-        for leaf, tensor in layer.state_dict().items():
-            piece = step.inputs[leaf]
-            value = checkpoint.read(piece.tensor).view(-1)
-            size = value.element_size()
-            value = value[piece.start // size : piece.stop // size].view(tensor.shape)
-            if leaf != "bias" and value.is_floating_point() and not value.isfinite().all():
-                count = int((~value.isfinite()).sum())
-                raise CheckpointError(
-                    f"{piece.tensor!r} holds {count} values that are not finite, and every coefficient of its spectrum "
-                    "would be NaN; mend it, or keep the layer static by a rule"
-                )
-            tensor.copy_(value)
-        return get_operator(FDConvOperator.name).replace(layer, step.settings)
+        torch.manual_seed(zlib.crc32(step.parts[0].layer.encode()))
+        wanted = []
+        started = {}
+        for part in step.parts:
+            layer = copy.deepcopy(part.template).to_empty(device="cpu")
+            if part.settings is None:
+                official = get_operator(part.operator).official
+                assert official is not None
+                official.complete(layer)
+                started[part.layer] = layer
+            else:
+                _fill(layer, part, checkpoint)
+                wanted.append(Wanted(part.layer, layer, part.operator, part.settings))
+        return {**started, **build_layers(wanted)}
+
+
+def _fill(layer: nn.Module, part: Part, checkpoint: Checkpoint) -> None:
+    """Give a plain layer its values."""
+    for leaf, tensor in layer.state_dict().items():
+        piece = part.inputs[leaf]
+        value = checkpoint.read(piece.tensor).view(-1)
+        size = value.element_size()
+        value = value[piece.start // size : piece.stop // size].view(tensor.shape)
+        if leaf != "bias" and value.is_floating_point() and not value.isfinite().all():
+            count = int((~value.isfinite()).sum())
+            raise CheckpointError(
+                f"{piece.tensor!r} holds {count} values that are not finite, and every coefficient of its spectrum "
+                "would be NaN; mend it, or keep the layer static by a rule"
+            )
+        tensor.copy_(value)
 
 
 def _write_descriptions(content: Path, plan: CheckpointPlan) -> None:

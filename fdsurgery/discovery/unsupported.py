@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..operators.register import operator_of
 from .computed_weight import HOLDS_ZEROS
 from .effective import effective_layer
 from .flow import Flow, Node, layer_input, shape_of
@@ -101,8 +102,6 @@ def _packed(flow: Flow, name: str) -> str | None:
 
 
 def _of_the_layer(name: str, layer: nn.Module) -> str | None:
-    from ..operators import operator_of  # which builds on this package
-
     if not name:
         return "it is the whole model; put it into a module, and that module can be converted"
     if operator_of(layer) is not None:

@@ -6,10 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from fdconv import FDConv2d
-from fdconv.modulation import gate
+from ..operators import Operator, operator_of
 
 
 @torch.no_grad()
@@ -26,16 +24,15 @@ def band_maps(model: nn.Module, *inputs: Any) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
 
-    def look(name: str, layer: FDConv2d, x: Tensor) -> None:
-        assert layer.FBM is not None
-        groups = layer.config.band_groups
-        logits = F.conv2d(x, *layer.FBM.logits_of(), padding=1, groups=groups).unflatten(1, (groups, -1))
-        found[name] = gate(logits.movedim(2, -1), layer.config.band_activation).movedim(-1, 2)
+    def look(name: str, operator: Operator, layer: nn.Module, x: Tensor) -> None:
+        maps = operator.band_maps(layer, x)
+        if maps is not None:
+            found[name] = maps
 
-    layers = {name: one for name, one in model.named_modules() if isinstance(one, FDConv2d) and one.FBM is not None}
     hooks = [
-        layer.register_forward_pre_hook(lambda layer, inputs, name=name: look(name, layer, inputs[0]))
-        for name, layer in layers.items()
+        layer.register_forward_pre_hook(lambda layer, inputs, name=name, its=its: look(name, its, layer, inputs[0]))
+        for name, layer in model.named_modules()
+        if (its := operator_of(layer)) is not None
     ]
     training = model.training
     try:

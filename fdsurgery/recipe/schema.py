@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, WithJsonSchema
 
-from fdconv import FDConfig
-
 from ..errors import RecipeError, near_misses
-from ..operators import OPERATORS, get_operator
+from ..operators import get_operator, operators
 from .conditions import Where
 from .rules import Delegate, Entry, Figures, FineTune, KeepRule, Match, Place, SwapRule
 from .yaml_source import KeyPath, YamlSource
@@ -77,10 +74,9 @@ class RecipeFile(Entry):
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a recipe file, by which editors complete and check one."""
     schema = RecipeFile.model_json_schema()
-    settings = {field.name: {"description": f"fdconv: default {field.default!r}"} for field in fields(FDConfig)}
-    for operator in OPERATORS.values():
-        for key, default in operator.settings({}).items():
-            settings.setdefault(key, {"description": f"{operator.name}: default {default!r}"})
+    settings: dict[str, Any] = {}
+    for operator in operators().values():
+        settings = operator.settings_schema() | settings
     schema["$defs"]["SwapRule"]["properties"]["with"]["properties"] = settings
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "fdsurgery recipe"}
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..operators import get_operator, operator_of
-from ..operators.fdconv import FDConvOperator
 from ..plan import Plan
 from ..report import in_units
 from .description import Description, LayerGroup
@@ -94,8 +93,8 @@ def _operators(description: Description) -> list[str]:
 
 
 def _kinds(description: Description) -> str:
-    links = {FDConvOperator.name: "[Frequency Dynamic Convolutions](https://arxiv.org/abs/2503.18783)"}
-    return " and ".join(links.get(name, f"dynamic layers of the operator `{name}`") for name in _operators(description))
+    names = _operators(description)
+    return " and ".join(get_operator(name).title or f"dynamic layers of the operator `{name}`" for name in names)
 
 
 def _loading(model: nn.Module, of_transformers: bool) -> list[str]:

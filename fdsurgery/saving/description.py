@@ -20,7 +20,7 @@ from torch import nn
 
 from ..errors import CheckpointError, near_misses
 from ..finetune import remembered
-from ..operators import get_operator, operator_of
+from ..operators import BuildError, Wanted, build_layers, get_operator, operator_of
 from ..recipe import FineTune
 from ..rewrite.folded import Folded, folded_norms, is_norm
 
@@ -169,14 +169,24 @@ class Description:
             CheckpointError: the model lacks a layer, or has one in its place that cannot be swapped.
         """
         found = self.find(model)
-        replacements: dict[nn.Module, nn.Module] = {}
-        for group in self.layers:
-            for name in group.shapes:
-                if name in found:
-                    layer: Any = _replaced(name, found[name], group)
-                    if name in self.scaled:
-                        layer.expect_scale(bias=self.scaled[name])
-                    replacements[found[name]] = layer
+        for name, layer in found.items():
+            if not isinstance(layer, (nn.Conv2d, nn.Linear)):
+                kind = type(layer).__name__
+                raise CheckpointError(f"{name!r} is a {kind} in this model, not a layer that can be swapped")
+        wanted = {name: group for group in self.layers for name in group.shapes if name in found}
+        order = {layer: rank for rank, layer in enumerate(model.modules())}
+        try:
+            made = build_layers(
+                Wanted(name, found[name], wanted[name].operator, wanted[name].settings)
+                for name in sorted(found, key=lambda name: order[found[name]])
+            )
+            for name in made.keys() & self.scaled.keys():
+                get_operator(wanted[name].operator).expect_scale(made[name], bias=self.scaled[name])
+        except BuildError as error:
+            cause = error.__cause__
+            said = f"{error.name!r} cannot be made dynamic: {type(cause).__name__}: {cause}"
+            raise CheckpointError(said) from cause
+        replacements = {found[name]: layer for name, layer in made.items()}
         modules = dict(model.named_modules(remove_duplicate=False))
         for name in self.folded:
             norm = next((modules[other] for other in self._names_elsewhere(name) if other in modules), None)
@@ -302,7 +312,8 @@ def _folding_from_dict(data: dict[str, Any]) -> tuple[dict[str, bool], tuple[str
 
 
 def _is_scaled(layer: nn.Module) -> bool:
-    return operator_of(layer) is not None and getattr(layer, "filter_scale", None) is not None
+    operator = operator_of(layer)
+    return operator is not None and operator.is_scaled(layer)
 
 
 def _group_from_dict(data: dict[str, Any]) -> LayerGroup:
@@ -318,15 +329,6 @@ def _group_from_dict(data: dict[str, Any]) -> LayerGroup:
 def _weight_shape(layer: nn.Module) -> list[int]:
     weight: Any = layer.weight
     return list(weight.shape)
-
-
-def _replaced(name: str, layer: nn.Module, group: LayerGroup) -> nn.Module:
-    if not isinstance(layer, (nn.Conv2d, nn.Linear)):
-        raise CheckpointError(f"{name!r} is a {type(layer).__name__} in this model, not a layer that can be swapped")
-    try:
-        return get_operator(group.operator).replace(layer, group.settings)
-    except Exception as error:
-        raise CheckpointError(f"{name!r} cannot be made dynamic: {type(error).__name__}: {error}") from error
 
 
 def _transformers_version() -> dict[str, str]:

@@ -13,6 +13,7 @@ import contextlib
 import copy
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..allowed import no_larger_than
-from ..errors import CheckpointError, near_misses
+from ..errors import CheckpointError, SurgeryError, near_misses
 from ..finetune import remember, remembered
 from ..likeness import first_difference
-from ..operators import get_operator, operator_of
+from ..operators import BuildError, Wanted, build_layers, get_operator, operator_of
 from ..plan import Plan
 from ..recipe import FineTune
 from ..rewrite.folded import Folded, folded_norms, is_norm
@@ -173,7 +174,7 @@ def replacements_for(
         CheckpointError: the model lacks a layer, or has one in its place that cannot be swapped.
     """
     layers = dict(model.named_modules())
-    replacements: dict[nn.Module, nn.Module] = {}
+    wanted: list[Wanted] = []
     for fqn, entry in described.items():
         if fqn not in layers:
             raise CheckpointError(f"{where}: the model has no layer {fqn!r}{near_misses(fqn, layers)}")
@@ -182,14 +183,19 @@ def replacements_for(
             continue
         if not isinstance(layer, (nn.Conv2d, nn.Linear)):
             raise CheckpointError(f"{where}: {fqn!r} is a {type(layer).__name__}, not a layer that can be swapped")
-        operator, settings = get_operator(entry["operator"]), entry["settings"]
-        try:
-            if tensors is not None:
-                _check_shapes(operator.replace(copy.deepcopy(layer).to("meta"), settings), fqn, tensors)
-            replacements[layer] = operator.replace(layer, settings)
-        except Exception as error:
-            raise CheckpointError(f"{where}: {fqn!r} cannot be made dynamic: {_first_lines(error)}") from error
-    return replacements
+        wanted.append(Wanted(fqn, layer, entry["operator"], entry["settings"]))
+    try:
+        if tensors is not None:
+            twins = build_layers(replace(one, layer=copy.deepcopy(one.layer).to("meta")) for one in wanted)
+            for fqn, twin in twins.items():
+                _check_shapes(twin, fqn, tensors)
+        made = build_layers(wanted)
+    except BuildError as error:
+        cause = error.__cause__ or error
+        raise CheckpointError(f"{where}: {error.name!r} cannot be made dynamic: {_first_lines(cause)}") from error
+    except SurgeryError as error:
+        raise CheckpointError(f"{where}: {_first_lines(error)}") from error
+    return {layers[fqn]: layer for fqn, layer in made.items()}
 
 
 def _check_shapes(layer: nn.Module, fqn: str, tensors: dict[str, Tensor]) -> None:
@@ -197,8 +203,8 @@ def _check_shapes(layer: nn.Module, fqn: str, tensors: dict[str, Tensor]) -> Non
         stored = tensors.get(f"{fqn}.{leaf}", tensor)
         if stored.shape != tensor.shape:
             raise CheckpointError(
-                f"by its settings {leaf!r} has the shape {tuple(tensor.shape)}, and the weights hold "
-                f"{tuple(stored.shape)}, so {WEIGHTS} does not fit the model"
+                f"{fqn!r} cannot be made dynamic: by its settings {leaf!r} has the shape {tuple(tensor.shape)}, and "
+                f"the weights hold {tuple(stored.shape)}, so {WEIGHTS} does not fit the model"
             )
 
 

@@ -67,11 +67,11 @@ class BesideDynamic:
 
 
 class DynamicLinear(BesideDynamic, lora.Linear):  # type: ignore[misc]
-    """LoRA beside an `FDLinear`."""
+    """LoRA beside a dynamic linear layer."""
 
 
 class DynamicConv2d(BesideDynamic, lora.Conv2d):  # type: ignore[misc]
-    """LoRA beside an `FDConv2d`: A and B are plain convolutions."""
+    """LoRA beside a dynamic convolution: A and B are plain convolutions."""
 
 
 def beside(dynamic: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module:

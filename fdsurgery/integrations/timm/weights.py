@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ...allowed import timm_arguments, timm_name
 from ...errors import CheckpointError, near_misses
 from ...finetune import remember
-from ...operators import operator_of
+from ...operators import BuildError, Wanted, build_layers, operator_of, operators
 from ...recipe import FineTune
 from ...rewrite.tree import swapped
-from ...saving.folder import DESCRIPTION, _read_description, replacements_for
+from ...saving.folder import DESCRIPTION, _read_description, described_layers, replacements_for
 from ...saving.source import ModelSource
 from . import SUFFIX
 
@@ -79,8 +79,8 @@ class PlainCheckpoints:
             )
             return
         try:
-            renewed = self._converted(state_dict, prefix, {name: dynamic[name] for name in plain}, strict)
-        except (RuntimeError, CheckpointError) as error:
+            renewed = self._converted(state_dict, prefix, model, plain, strict)
+        except (RuntimeError, BuildError, CheckpointError) as error:
             errors.append(f"the checkpoint is one of the plain {self.name}, and does not fit that: {error}")
             return
         for name, layer in renewed.items():
@@ -89,19 +89,16 @@ class PlainCheckpoints:
             state_dict.update(layer.state_dict(prefix=f"{prefix}{name}."))
 
     def _converted(
-        self, state_dict: dict[str, Any], prefix: str, dynamic: dict[str, nn.Module], strict: bool
+        self, state_dict: dict[str, Any], prefix: str, model: nn.Module, dynamic: list[str], strict: bool
     ) -> dict[str, nn.Module]:
-        """Layers like the dynamic ones given, that stand for those of the plain model with this state dict."""
+        """Layers like the named dynamic ones of a model, that stand for those of the plain one with this state dict."""
         twin: nn.Module = importlib.import_module("timm").create_model(self.name, **self.arguments)
         own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         twin.load_state_dict(own, strict=strict)
         layers = dict(twin.named_modules())
-        renewed = {}
-        for name, layer in dynamic.items():
-            operator = operator_of(layer)
-            assert operator is not None
-            renewed[name] = operator.replace(layers[name], operator.settings_of(layer))
-        return renewed
+        described = described_layers(model)
+        wanted = [Wanted(name, layers[name], **described[name]) for name in dynamic]
+        return build_layers(wanted)
 
 
 def converted_tensors(arguments: dict[str, Any], model: nn.Module | None = None) -> dict[str, Tensor] | None:
@@ -109,7 +106,7 @@ def converted_tensors(arguments: dict[str, Any], model: nn.Module | None = None)
 
     Args:
         arguments: with `pretrained_cfg` and `pretrained_cfg_overlay`.
-        model: with its dynamic layers in place, to recognise those of any operator; without it those of fdconv.
+        model: with its dynamic layers in place, to recognise those of any operator; else of those with a `leaf`.
 
     Returns:
         The state dict; None for weights of a plain model, such as all those in timm's registry.
@@ -119,7 +116,8 @@ def converted_tensors(arguments: dict[str, Any], model: nn.Module | None = None)
         return None
     if model is not None:
         return tensors if _renamed(tensors, _marks(model)) else None
-    return tensors if any(key.endswith(".dft_weight") for key in tensors) else None
+    leaves = {operator.leaf for operator in operators().values()}
+    return tensors if any(key.rpartition(".")[2] in leaves for key in tensors) else None
 
 
 def load_converted(model: nn.Module, tensors: dict[str, Tensor], arguments: dict[str, Any]) -> None:
@@ -255,14 +253,14 @@ def _without_wrapper(name: str) -> str:
     return name
 
 
-def _mark(layer: nn.Module) -> str:
-    """A name in a dynamic layer's state dict that a plain layer's has not."""
-    return next(leaf for leaf in layer.state_dict() if leaf not in ("weight", "bias"))
+def _mark(layer: nn.Module) -> str | None:
+    """A name in a dynamic layer's state dict that a plain layer's has not; None where another layer owns its weight."""
+    return next((leaf for leaf in layer.state_dict() if leaf not in ("weight", "bias")), None)
 
 
 def _marks(model: nn.Module) -> list[str]:
-    layers = model.named_modules()
-    return [f"{name}.{_mark(layer)}" for name, layer in layers if operator_of(layer) is not None]
+    dynamic = ((name, layer) for name, layer in model.named_modules() if operator_of(layer) is not None)
+    return [f"{name}.{mark}" for name, layer in dynamic if (mark := _mark(layer)) is not None]
 
 
 def _check_complete(model: nn.Module, tensors: dict[str, Tensor]) -> None:
