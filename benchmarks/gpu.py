@@ -14,12 +14,12 @@ import sys
 import torch
 
 CHECKS = [
-    "tests/test_triton_kernels.py",
-    "tests/test_backends.py",
-    "tests/test_bands.py",
-    "tests/test_fdconv_golden.py",
-    "tests/test_inference.py",
-    "tests/test_measured_choice.py",
+    "tests/fdconv/gpu/test_gpu_kernels.py",
+    "tests/fdconv/test_backends.py",
+    "tests/fdconv/test_bands.py",
+    "tests/fdconv/test_golden.py",
+    "tests/fdsurgery/test_inference.py",
+    "tests/fdconv/gpu/test_autotune.py",
 ]
 BENCHES = [
     ["benchmarks.model", "--dtype", "bfloat16", "--compiled"],

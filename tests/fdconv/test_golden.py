@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fdconv import FDConfig
 from fdconv.official import load_layer, official_state
 
-FILES = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
+FILES = sorted((Path(__file__).parents[1] / "golden").glob("*.safetensors"))
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:

@@ -14,7 +14,7 @@ from fdsurgery.recipe import load_recipe, parse_recipe, shipped_recipes
 from fdsurgery.recipe.authoring import MODELINE, draft, explain, rule_matches
 from fdsurgery.recipe.schema import json_schema
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -10,7 +10,7 @@ import pytest
 
 from fdsurgery.operators import operators, register
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def code_of(page: str) -> str:

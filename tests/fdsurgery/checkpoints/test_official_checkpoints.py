@@ -21,7 +21,7 @@ import transformers
 from models import small_hf_resnet, small_segformer, small_vit
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_checkpoint import logits, trained_a_little
+from test_folder import logits, trained_a_little
 from torch import Tensor, nn
 from typer.testing import CliRunner
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 CUDA = torch.cuda.is_available()
 pytest.importorskip("triton")
 
-import test_fdconv_golden as golden  # noqa: E402
+import test_golden as golden  # noqa: E402
 
 from fdconv import FDConfig, FDConv2d, set_backend  # noqa: E402
 from fdconv.gpu import common, conv, modulate, scale, tuning  # noqa: E402

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import fdsurgery
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPTS = ("classify_timm", "segment_segformer", "detect_torchvision", "trainer_hub_folder")
 SMALL = ["--device", "cpu", "--image-size", "32", "--batch-size", "3", "--epochs", "2"]
 

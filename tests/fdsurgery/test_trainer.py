@@ -567,7 +567,7 @@ def without_batch_statistics() -> tuple[Any, list[Item]]:
 def test_accelerate_accumulates_saves_and_resumes_on_two_processes(tmp_path: Path) -> None:
     """Two processes with two samples each, one at a time, are one process with four. Started by torchrun, since
     `accelerate launch --cpu` starts more than one process through MPI only."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     environment = {
         **os.environ,
         "ACCELERATE_USE_CPU": "true",

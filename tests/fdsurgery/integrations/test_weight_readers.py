@@ -20,7 +20,7 @@ from fdconv import FDConfig, FDConv2d, FDLinear
 from fdconv.weight_reads import NeutralWeightWarning
 from fdsurgery.verification import relative_error
 
-PAGE = Path(__file__).parent.parent / "docs" / "weight_readers.md"
+PAGE = Path(__file__).parents[3] / "docs" / "weight_readers.md"
 CONFIG = FDConfig(kernel_num=4)
 OUTCOMES = ("right", "warned", "refused", "passed over")
 

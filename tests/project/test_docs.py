@@ -10,7 +10,7 @@ import yaml
 
 from fdsurgery.recipe import parse_recipe
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
