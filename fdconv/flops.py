@@ -14,7 +14,6 @@ time for the backward pass.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log2, prod
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 from .config import FDConfig
+from .import_hook import on_import
 from .layers import FDConv2d, FDLinear
 from .modulation import GlobalModulation
 from .reference import output_size
@@ -195,19 +195,7 @@ def _conv2d_per_sample(_x: Any, weight: Sequence[int], *_: Any, out_shape: Seque
     return 2 * prod(out_shape) * prod(weight[2:])
 
 
-def _counter() -> Any:
-    """`torch.utils.flop_counter`, which without Triton would warn at import, of what no user of ours asked for."""
-    logger = logging.getLogger("torch.utils.flop_counter")
-    logger.disabled, before = True, logger.disabled
-    try:
-        from torch.utils import flop_counter
-    finally:
-        logger.disabled = before
-    return flop_counter
-
-
-def _register() -> None:
-    flop_counter = _counter()
+def _register(flop_counter: Any) -> None:
     aten, fused = torch.ops.aten, torch.ops.fdconv
     # Up to torch 2.15 its formula counts the gradient to the weight as many times as there are groups, and here every
     # sample of a batch is a group (https://github.com/pytorch/pytorch/pull/183405).
@@ -226,4 +214,4 @@ def _register() -> None:
             flop_counter.register_flop_formula(operator)(formula)
 
 
-_register()
+on_import("torch.utils.flop_counter", _register)  # which imports Triton

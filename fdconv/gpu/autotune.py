@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tuning import milliseconds
+from .timing import milliseconds
 
 
 class Fastest:

@@ -1,6 +1,6 @@
 """What the kernels for GPUs share. They are the operator's steps, fused: the same mathematics, less memory traffic.
 
-Each is a custom operator of the namespace `fdconv`, so that `torch.compile` traces through it, and computes in float32.
+Each is launched by a custom operator (`fdconv.gpu.ops`), and computes in float32.
 Where sums run over samples or blocks, every program writes partial sums that are added up afterwards, never atomics:
 the results are the same in every run. Block sizes of the forward kernels are chosen by measurement, and may change from
 process to process how sums are rounded, unless `torch.use_deterministic_algorithms` is on. Only first derivatives are
@@ -21,10 +21,6 @@ try:
     from triton import language as tl
 except ImportError:
     triton = tl = None
-
-PROGRAMS = 1024
-"""Programs that keep a large GPU busy; with fewer blocks than this, the samples are shared out among programs too."""
-
 
 ABOUT = ["about_samples", "about_pixels"]
 """Arguments that are for the tuner alone: numbers rounded up to powers of two, so that it is not asked for each."""
@@ -48,21 +44,3 @@ def jit(function: Any, **options: Any) -> Any:
 @jit
 def _nothing():  # type: ignore[no-untyped-def]
     pass
-
-
-def number_of_blocks(size: int, block: int) -> int:
-    """Blocks that cover a size."""
-    return -(-size // block)
-
-
-def samples_each(samples: int, blocks: int) -> int:
-    """How many samples one program goes through: all, unless that leaves the device idle."""
-    return number_of_blocks(samples, min(samples, number_of_blocks(PROGRAMS, blocks)))
-
-
-def register(name: str, schema: str, function: Any, fake: Any, setup: Any = None, backward: Any = None) -> None:
-    """Make a launcher a custom operator, `torch.ops.fdconv.NAME`, which `torch.compile` traces through."""
-    operator = torch.library.custom_op(f"fdconv::{name}", function, mutates_args=(), schema=schema)
-    operator.register_fake(fake)
-    if backward is not None:
-        operator.register_autograd(backward, setup_context=setup)

@@ -8,36 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference import Convolution, convolved_size, per_sample_backward
-from .common import ABOUT, is_interpreted, jit, number_of_blocks, register
-from .tuning import Candidate, power_of_2, tuned
+from .blocks import number_of_blocks, power_of_2
+from .common import ABOUT, is_interpreted, jit
+from .tuning import Candidate, tuned
 
 try:
     import triton
     from triton import language as tl
 except ImportError:
     triton = tl = None
-
-
-def conv2d_per_sample(
-    x: Tensor,
-    weight: Tensor,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
-) -> Tensor:
-    """`F.conv2d` with a weight for every sample, without bias.
-
-    Args:
-        x: `(B, C_in, H, W)`, float32, bfloat16 or float16.
-        weight: `(B, C_out, C_in/groups, k_h, k_w)`, in the dtype of `x`.
-        stride: as the other arguments, what `F.conv2d` takes, but as pairs.
-
-    Returns:
-        `(B, C_out, H', W')`, in the dtype of `x`; sums are float32.
-    """
-    return torch.ops.fdconv.conv2d_per_sample(x, weight, stride, padding, dilation, groups)
 
 
 def _fit_conv(candidate: Candidate, arguments: dict[str, Any]) -> Candidate:
@@ -131,11 +110,11 @@ def _conv_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + m * pixels + n, total.to(out.dtype.element_ty), mask=(m < filters_group) & (n < pixels))
 
 
-def _conv(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> Tensor:
-    out = _conv_fake(x, weight, stride, padding, dilation, groups)
+def launch(
+    out: Tensor, x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
+) -> None:
+    """Fill `out`; all as for `fdconv.gpu.ops.conv2d_per_sample`."""
     samples, channels_out, out_height, out_width = out.shape
-    if out.numel() == 0:
-        return out
     if is_interpreted():  # its matrix product takes bfloat16 for integers
         x, weight = x.float(), weight.float()
     filters_group, pixels = channels_out // groups, out_height * out_width
@@ -164,31 +143,3 @@ def _conv(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dila
             D_H=dilation[0],
             D_W=dilation[1],
         )
-    return out
-
-
-def _conv_fake(
-    x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
-) -> Tensor:
-    conv = Convolution(tuple(stride), tuple(padding), tuple(dilation), groups)
-    sides = convolved_size(x.shape[2:], weight.shape[3:], conv)
-    return torch.empty((x.shape[0], weight.shape[1], *sides), dtype=x.dtype, device=x.device)
-
-
-def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, *ctx.settings = inputs
-    ctx.save_for_backward(x, weight)
-
-
-def _conv_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight = ctx.saved_tensors
-    stride, padding, dilation, groups = ctx.settings
-    if x.shape[0] == 0:
-        return torch.zeros_like(x), torch.zeros_like(weight), None, None, None, None
-    conv = Convolution(tuple(stride), tuple(padding), tuple(dilation), groups)
-    return (*per_sample_backward(grad, x, weight, conv), *(None,) * 4)
-
-
-_CONV = "Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups"
-
-register("conv2d_per_sample", f"({_CONV}) -> Tensor", _conv, _conv_fake, _conv_setup, _conv_autograd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -13,21 +14,30 @@ from ..modulation import Factors
 from ..reference import Convolution, WeightShape, convolved_size, per_sample
 from ..spectrum import column_factors
 from .autotune import Fastest
-from .common import available
-from .conv import conv2d_per_sample
-from .modulate import modulate
-from .scale import scale_spectrum
-from .tuning import power_of_2
+from .blocks import power_of_2
+from .ops import conv2d_per_sample, modulate, scale_spectrum
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") != "0"
+"""True where Triton may be told to interpret kernels, on any device."""
 
 
 def serves(x: Tensor, spectra: Tensor, backend: Backend) -> bool:
-    able = available(x.device) and spectra.dtype == torch.float32
+    able = _available(x.device) and spectra.dtype == torch.float32
     if backend == "triton" and not able:
         raise ValueError(
             f"the backend triton does not serve a {spectra.dtype} layer on {x.device}: it needs Triton, an NVIDIA GPU "
             "and less than float64"
         )
     return able and (backend == "triton" or (backend == "auto" and x.device.type == "cuda"))
+
+
+def _available(device: torch.device) -> bool:
+    """As `fdconv.gpu.common.available`, which is imported, and Triton with it, only where kernels may serve."""
+    if device.type != "cuda" and not _INTERPRETED:
+        return False
+    from .common import available
+
+    return available(device)
 
 
 def weights(

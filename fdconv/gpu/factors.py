@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .blocks import power_of_2
 from .common import jit
-from .tuning import power_of_2
 
 try:
     import triton
@@ -67,10 +67,3 @@ def slope_of(activation: str) -> float:
 def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     """Tensors in rows, as the kernels read them."""
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
-
-
-ARGUMENTS = (
-    "Tensor image, Tensor? context, Tensor? filters, Tensor? channel, Tensor? filter_, Tensor? spatial, "
-    "int k_h, int k_w, int groups, str activation"
-)
-"""What both custom operators take, in the language of their schemas."""

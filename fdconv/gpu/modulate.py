@@ -8,50 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import ABOUT, jit, number_of_blocks, register
-from .factors import ARGUMENTS, contiguous, factor_at, gate_at, modulate_blocks, slope_of
-from .modulate_backward import modulate_autograd, modulate_setup
-from .tuning import Candidate, power_of_2, tuned
+from .blocks import number_of_blocks, power_of_2
+from .common import ABOUT, jit
+from .factors import contiguous, factor_at, gate_at, modulate_blocks, slope_of
+from .tuning import Candidate, tuned
 
 try:
     import triton
     from triton import language as tl
 except ImportError:
     triton = tl = None
-
-
-def modulate(
-    image: Tensor,
-    context: Tensor | None,
-    filters: Tensor | None,
-    channel: Tensor | None,
-    filter_: Tensor | None,
-    spatial: Tensor | None,
-    *,
-    kernel_size: tuple[int, int],
-    groups: int,
-    activation: str,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Make weight images into weights: modulated, in the convolution's layout and dtype, in one pass.
-
-    Args:
-        image: `(B, D1, D2)`, float32, `D1 = C_out*k_h`, `D2 = C_in/groups*k_w`.
-        context: `(B, C_in)`, the normalised pooled input, or None without local branch.
-        filters: `(C_out*k_h*k_w, taps)`, the local branch's short filters, or None without local branch.
-        channel: `(B, C_in)`, factor of every input channel, or None.
-        filter_: `(B, C_out)`, factor of every output channel, or None.
-        spatial: `(B, k_h*k_w)`, factor of every kernel position, or None.
-        kernel_size: `(k_h, k_w)`.
-        groups: groups of the convolution. Short filters slide over the channels of all groups.
-        activation: gate of the local branch, "sigmoid" or "tanh".
-        dtype: of the weights; everything is computed in float32.
-
-    Returns:
-        `(B, C_out, C_in/groups, k_h, k_w)`, contiguous.
-    """
-    factors = (context, filters, channel, filter_, spatial)
-    return torch.ops.fdconv.modulate(image, *factors, *kernel_size, groups, activation, dtype)
 
 
 def _fit_modulate(candidate: Candidate, arguments: dict[str, Any]) -> Candidate:
@@ -125,7 +91,8 @@ def _modulate_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + base + to, value.to(out.dtype.element_ty), mask=inside)
 
 
-def _modulate(
+def launch(
+    out: Tensor,
     image: Tensor,
     context: Tensor | None,
     filters: Tensor | None,
@@ -136,12 +103,9 @@ def _modulate(
     k_w: int,
     groups: int,
     activation: str,
-    dtype: torch.dtype,
-) -> Tensor:
-    out = _modulate_fake(image, context, filters, channel, filter_, spatial, k_h, k_w, groups, activation, dtype)
+) -> None:
+    """Fill `out`; all as for `fdconv.gpu.ops.modulate`."""
     samples, channels_out, channels_group = out.shape[:3]
-    if samples == 0:
-        return out
 
     def grid(sizes: dict[str, Any]) -> tuple[int]:
         return (samples * number_of_blocks(channels_out, sizes["CO"]) * number_of_blocks(channels_group, sizes["CI"]),)
@@ -161,31 +125,3 @@ def _modulate(
             TAPS=1 if filters is None else filters.shape[1],
             GROUPED=groups > 1,
         )
-    return out
-
-
-def _modulate_fake(
-    image: Tensor,
-    context: Tensor | None,
-    filters: Tensor | None,
-    channel: Tensor | None,
-    filter_: Tensor | None,
-    spatial: Tensor | None,
-    k_h: int,
-    k_w: int,
-    groups: int,
-    activation: str,
-    dtype: torch.dtype,
-) -> Tensor:
-    samples, d1, d2 = image.shape
-    return torch.empty((samples, d1 // k_h, d2 // k_w, k_h, k_w), dtype=dtype, device=image.device)
-
-
-register(
-    "modulate",
-    f"({ARGUMENTS}, ScalarType dtype) -> Tensor",
-    _modulate,
-    _modulate_fake,
-    modulate_setup,
-    modulate_autograd,
-)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .common import jit, number_of_blocks, register
-from .factors import ARGUMENTS, contiguous, factor_at, gate_at, modulate_blocks, slope_of, tap_at
+from .blocks import number_of_blocks
+from .common import jit
+from .factors import contiguous, factor_at, gate_at, modulate_blocks, slope_of, tap_at
 
 try:
     import triton
@@ -118,7 +117,7 @@ def _modulate_backward_kernel(  # type: ignore[no-untyped-def]
             tl.store(grad_context + tap_rest + tap * channels_group, part, mask=inside_c)
 
 
-def _modulate_backward(
+def launch(
     grad: Tensor,
     image: Tensor,
     context: Tensor | None,
@@ -203,34 +202,3 @@ def _slide_back(taps_first: Tensor) -> Tensor:
     padded = F.pad(by_tap, (half, half))
     shifted = [padded[:, tap, 2 * half - tap :][:, :channels] for tap in range(taps)]
     return torch.stack(shifted).sum(0)
-
-
-def _modulate_backward_fake(
-    grad: Tensor,
-    image: Tensor,
-    context: Tensor | None,
-    filters: Tensor | None,
-    channel: Tensor | None,
-    filter_: Tensor | None,
-    spatial: Tensor | None,
-    k_h: int,
-    k_w: int,
-    groups: int,
-    activation: str,
-) -> list[Tensor]:
-    inputs = (image, context, filters, channel, filter_, spatial)
-    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs if x is not None]
-
-
-def modulate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    ctx.settings = inputs[6:10]
-
-
-def modulate_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
-    grads = iter(torch.ops.fdconv.modulate_backward(grad, *tensors, *ctx.settings))
-    return (*(None if tensor is None else next(grads) for tensor in tensors), *(None,) * 5)
-
-
-register("modulate_backward", f"(Tensor grad, {ARGUMENTS}) -> Tensor[]", _modulate_backward, _modulate_backward_fake)

@@ -8,33 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import ABOUT, jit, number_of_blocks, register, samples_each
-from .tuning import Candidate, power_of_2, tuned
+from .blocks import number_of_blocks, power_of_2, samples_each
+from .common import ABOUT, jit
+from .tuning import Candidate, tuned
 
 try:
     import triton
     from triton import language as tl
 except ImportError:
     triton = tl = None
-
-
-def scale_spectrum(
-    spectra: Tensor, frequency_group: Tensor, kernel: Tensor, scale: float, edge: float, width: int
-) -> Tensor:
-    """Scale every sample's spectra group by group and sum them: the spectra of the weight images.
-
-    Args:
-        spectra: `(r, D1, D2h, 2)`, float32.
-        frequency_group: `(D1, D2h)`, uint8 or int32, below `n`.
-        kernel: `(B, r*n)`, float32, the factors of the groups.
-        scale: factor of everything.
-        edge: another one, of the edge columns: see `fdconv.spectrum`.
-        width: `D2`.
-
-    Returns:
-        `(B, D1, D2h, 2)`, float32: the sum over `i` of `spectra[i] * kernel[b, i*n + group] * scale`, times `edge`.
-    """
-    return torch.ops.fdconv.scale_spectrum(spectra, frequency_group, kernel, scale, edge, width)
 
 
 def _fit_scale(candidate: Candidate, arguments: dict[str, Any]) -> Candidate:
@@ -154,15 +136,13 @@ def _nyquist(width: int) -> int:
     return -1 if width % 2 else width // 2
 
 
-def _scale_spectrum(
-    spectra: Tensor, frequency_group: Tensor, kernel: Tensor, scale: float, edge: float, width: int
-) -> Tensor:
+def launch(
+    out: Tensor, spectra: Tensor, frequency_group: Tensor, kernel: Tensor, scale: float, edge: float, width: int
+) -> None:
+    """Fill `out`; all as for `fdconv.gpu.ops.scale_spectrum`."""
     spectra, frequency_group, kernel = spectra.contiguous(), frequency_group.contiguous(), kernel.contiguous()
     ratio, d1, d2_half, _ = spectra.shape
     samples, size = len(kernel), d1 * d2_half * 2
-    out = spectra.new_empty((samples, d1, d2_half, 2))
-    if samples == 0:
-        return out
 
     def grid(sizes: dict[str, Any]) -> tuple[int, int]:
         blocks = number_of_blocks(size, sizes["BLOCK"])
@@ -185,18 +165,12 @@ def _scale_spectrum(
             R=ratio,
             R_BLOCK=power_of_2(ratio),
         )
-    return out
 
 
-def _scale_spectrum_fake(
-    spectra: Tensor, frequency_group: Tensor, kernel: Tensor, scale: float, edge: float, width: int
-) -> Tensor:
-    return spectra.new_empty((kernel.shape[0], *spectra.shape[1:]))
-
-
-def _scale_spectrum_backward(
+def launch_backward(
     grad: Tensor, spectra: Tensor, frequency_group: Tensor, kernel: Tensor, scale: float, edge: float, width: int
 ) -> tuple[Tensor, Tensor]:
+    """Gradients of `spectra` and `kernel`."""
     grad, spectra = grad.contiguous(), spectra.contiguous()
     frequency_group, kernel = frequency_group.contiguous(), kernel.contiguous()
     ratio, d1, d2_half, _ = spectra.shape
@@ -230,40 +204,3 @@ def _scale_spectrum_backward(
             COLUMNS=columns,
         )
     return grad_spectra.sum(0) if chunks > 1 else grad_spectra[0], grad_kernel.sum(0)
-
-
-def _scale_spectrum_backward_fake(
-    grad: Tensor, spectra: Tensor, frequency_group: Tensor, kernel: Tensor, scale: float, edge: float, width: int
-) -> tuple[Tensor, Tensor]:
-    return spectra.new_empty(spectra.shape), kernel.new_empty(kernel.shape)
-
-
-def _scale_spectrum_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.scale, ctx.edge, ctx.width = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _scale_spectrum_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    spectra, frequency_group, kernel = ctx.saved_tensors
-    grad_spectra, grad_kernel = torch.ops.fdconv.scale_spectrum_backward(
-        grad, spectra, frequency_group, kernel, ctx.scale, ctx.edge, ctx.width
-    )
-    return grad_spectra, None, grad_kernel, None, None, None
-
-
-_SCALE = "Tensor spectra, Tensor frequency_group, Tensor kernel, float scale, float edge, int width"
-
-register(
-    "scale_spectrum",
-    f"({_SCALE}) -> Tensor",
-    _scale_spectrum,
-    _scale_spectrum_fake,
-    _scale_spectrum_setup,
-    _scale_spectrum_autograd,
-)
-register(
-    "scale_spectrum_backward",
-    f"(Tensor grad, {_SCALE}) -> (Tensor, Tensor)",
-    _scale_spectrum_backward,
-    _scale_spectrum_backward_fake,
-)

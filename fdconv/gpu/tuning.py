@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from .timing import milliseconds
+
 try:
     import triton
 except ImportError:
@@ -22,31 +24,11 @@ except ImportError:
 Candidate = dict[str, int]
 """Block sizes, `num_warps`, and `num_stages` where it matters."""
 
-RUNS = 10
-"""Launches that measure one candidate, after one that compiles it."""
-
 _LOCK = threading.Lock()  # the tuner keeps the arguments of the launch at hand in itself
 
 
 class CannotMeasure(Exception):
     """Nothing can be measured now: a CUDA graph records launches, which then do not run."""
-
-
-def power_of_2(size: int) -> int:
-    """The smallest power of two that is not below `size`: Triton has no other block sizes."""
-    return 1 << (size - 1).bit_length()
-
-
-def milliseconds(call: Callable[[], Any]) -> float:
-    """The shortest of a few runs; what is longer was held up by something else."""
-    call()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(RUNS)]
-    for start, end in events:
-        start.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return min(start.elapsed_time(end) for start, end in events)
 
 
 def _bench(call: Callable[[], Any], quantiles: Any) -> list[float]:

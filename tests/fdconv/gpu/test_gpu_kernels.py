@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 import test_golden as golden  # noqa: E402
 
 from fdconv import FDConfig, FDConv2d, set_backend  # noqa: E402
-from fdconv.gpu import common, conv, modulate, scale, tuning  # noqa: E402
+from fdconv.gpu import blocks, common, conv, modulate, ops, scale, tuning  # noqa: E402
 from fdconv.official import load_layer  # noqa: E402
 from fdconv.spectrum import frequency_groups, group_dtype, image_to_weight  # noqa: E402
 
@@ -32,7 +32,7 @@ def _skip_where_numpy_is_too_new() -> None:
     """The interpreter of older Triton turns arrays of one element into numbers, which NumPy 2.4 no longer does."""
     one = torch.ones(1, 1, 1, 2)
     try:
-        scale.scale_spectrum(one, one[0, ..., 0].byte() - 1, one[0, 0, :, :1], 1.0, 1.5, 1)
+        ops.scale_spectrum(one, one[0, ..., 0].byte() - 1, one[0, 0, :, :1], 1.0, 1.5, 1)
     except Exception as error:
         if "only 0-dimensional arrays can be converted to Python scalars" not in str(error):
             raise
@@ -106,7 +106,7 @@ def check_scale(d1: int, d2: int, ratio: int, kernel_num: int, batch: int, dtype
     group = frequency_groups(d1, d2, kernel_num).to(DEVICE, dtype or group_dtype(kernel_num))
     inputs: Tensors = [draw(ratio, d1, d2 // 2 + 1, 2), draw(batch, ratio * kernel_num)]
     check(
-        lambda spectra, kernel: scale.scale_spectrum(spectra, group, kernel, 1.5, 1.3, d2),
+        lambda spectra, kernel: ops.scale_spectrum(spectra, group, kernel, 1.5, 1.3, d2),
         lambda spectra, kernel: scale_twin(spectra, group, kernel, 1.5, 1.3, d2),
         inputs,
         grad_tolerance=1e-5,
@@ -133,7 +133,7 @@ def test_scale_any_group_map() -> None:
     """The groups need not be rings: a map drawn at random, that leaves groups out too."""
     group = torch.randint(2, 7, (18, 40), dtype=torch.uint8, device=DEVICE)
     check(
-        lambda spectra, kernel: scale.scale_spectrum(spectra, group, kernel, 0.5, 1.0, 78),
+        lambda spectra, kernel: ops.scale_spectrum(spectra, group, kernel, 0.5, 1.0, 78),
         lambda spectra, kernel: scale_twin(spectra, group, kernel, 0.5, 1.0, 78),
         [draw(1, 18, 40, 2), draw(2, 9)],
         grad_tolerance=1e-5,
@@ -142,7 +142,7 @@ def test_scale_any_group_map() -> None:
 
 @pytest.mark.parametrize("programs", [1, 3])
 def test_scale_programs_with_several_samples(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "PROGRAMS", programs)  # 5 samples: 5 for one program; 2, 2 and 1 for three
+    monkeypatch.setattr(blocks, "PROGRAMS", programs)  # 5 samples: 5 for one program; 2, 2 and 1 for three
     check_scale(6, 8, 1, 4, 5)
 
 
@@ -150,7 +150,7 @@ def test_scale_programs_with_several_samples(programs: int, monkeypatch: pytest.
 def test_scale_layouts(layout: Any) -> None:
     group = frequency_groups(7, 10, 4).to(DEVICE)
     check(
-        lambda spectra, kernel: scale.scale_spectrum(spectra, layout(group), kernel, 1.0, 0.7, 11),
+        lambda spectra, kernel: ops.scale_spectrum(spectra, layout(group), kernel, 1.0, 0.7, 11),
         lambda spectra, kernel: scale_twin(spectra, group, kernel, 1.0, 0.7, 11),
         [layout(draw(2, 7, 6, 2)), layout(draw(3, 8))],
         grad_tolerance=1e-5,
@@ -211,7 +211,7 @@ def check_modulate(
 ) -> None:
     settings: dict[str, Any] = {"kernel_size": kernel_size, "groups": groups, "activation": activation}
     check(
-        lambda *x: modulate.modulate(*x, **settings, dtype=dtype),
+        lambda *x: ops.modulate(*x, **settings, dtype=dtype),
         lambda *x: modulate_twin(*x, **settings),
         inputs,
         tolerance={torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype],
@@ -275,7 +275,7 @@ def test_modulate_filters_of_another_dtype() -> None:
     inputs[2] = filters.detach().bfloat16().requires_grad_()
     settings: dict[str, Any] = {"kernel_size": (3, 3), "groups": 1, "activation": "sigmoid"}
     exact = modulate_twin(*(None if x is None else x.detach().double() for x in inputs), **settings)
-    ours = modulate.modulate(*inputs, **settings, dtype=torch.float32)  # type: ignore[arg-type]
+    ours = ops.modulate(*inputs, **settings, dtype=torch.float32)  # type: ignore[arg-type]
     assert_same(ours, exact)
     (grad,) = torch.autograd.grad(ours.sum(), inputs[2])  # type: ignore[arg-type]
     assert grad.dtype == torch.bfloat16
@@ -320,10 +320,10 @@ def test_both_make_a_layers_weight(ratio: int, groups: int) -> None:
     )
     norm = layer.KSM_Local.norm
     context = F.layer_norm(context, (10,), norm.weight, norm.bias, norm.eps)
-    spectrum = scale.scale_spectrum(
+    spectrum = ops.scale_spectrum(
         layer.dft_weight.float().to(DEVICE), layer.frequency_group.to(DEVICE), kernel, *layer._scale(), 10 // groups * 2
     )
-    weight = modulate.modulate(
+    weight = ops.modulate(
         torch.fft.irfft2(torch.view_as_complex(spectrum), s=(18, 10 // groups * 2)),
         context.float().to(DEVICE),
         layer.KSM_Local.conv.weight.flatten(1).float().to(DEVICE),
@@ -351,7 +351,7 @@ def check_conv(
     tolerance: float = 5e-6,
 ) -> None:
     check(
-        lambda x, weight: conv.conv2d_per_sample(x, weight, stride, padding, dilation, groups),
+        lambda x, weight: ops.conv2d_per_sample(x, weight, stride, padding, dilation, groups),
         lambda x, weight: torch.stack(
             [F.conv2d(*one, None, stride, padding, dilation, groups) for one in zip(x, weight, strict=True)]
         ),
@@ -405,15 +405,15 @@ def test_conv_layouts(layout: Any) -> None:
 def test_conv_keeps_samples_apart(which: str) -> None:
     """What overflowed in one sample reaches no other, not even times zero."""
     x, weight = (t.detach() for t in (draw(3, 3, 5, 6), draw(3, 4, 3, 3, 3)))
-    expected = conv.conv2d_per_sample(x, weight, (1, 1), (1, 1), (1, 1), 1)
+    expected = ops.conv2d_per_sample(x, weight, (1, 1), (1, 1), (1, 1), 1)
     (x if which == "x" else weight)[1] = float("inf")
-    y = conv.conv2d_per_sample(x, weight, (1, 1), (1, 1), (1, 1), 1)
+    y = ops.conv2d_per_sample(x, weight, (1, 1), (1, 1), (1, 1), 1)
     torch.testing.assert_close(y[::2], expected[::2], rtol=0, atol=0)
 
 
 def test_conv_without_samples() -> None:
     x, weight = draw(0, 3, 5, 6), draw(0, 4, 3, 3, 3)
-    y = conv.conv2d_per_sample(x, weight, (1, 1), (1, 1), (1, 1), 1)
+    y = ops.conv2d_per_sample(x, weight, (1, 1), (1, 1), (1, 1), 1)
     assert y.shape == (0, 4, 5, 6)
     for x_, grad in zip((x, weight), torch.autograd.grad(y.sum(), (x, weight)), strict=True):
         assert grad.shape == x_.shape
@@ -668,12 +668,10 @@ def test_compiles_in_one_graph() -> None:
     inputs = modulate_inputs(2, 6, 4, (3, 3), 2, 3)[1:]
 
     def function(spectra: Tensor, kernel: Tensor, x: Tensor, *factors: Tensor) -> Tensor:
-        spectrum = scale.scale_spectrum(spectra, group, kernel, 1.0, 1.3, 9)
+        spectrum = ops.scale_spectrum(spectra, group, kernel, 1.0, 1.3, 9)
         image = torch.fft.irfft2(torch.view_as_complex(spectrum), s=(12, 9))
-        weight = modulate.modulate(
-            image, *factors, kernel_size=(3, 3), groups=2, activation="sigmoid", dtype=torch.float32
-        )
-        return conv.conv2d_per_sample(x, weight, (1, 1), (1, 1), (1, 1), 2)
+        weight = ops.modulate(image, *factors, kernel_size=(3, 3), groups=2, activation="sigmoid", dtype=torch.float32)
+        return ops.conv2d_per_sample(x, weight, (1, 1), (1, 1), (1, 1), 2)
 
     arguments = [draw(1, 12, 5, 2), draw(2, 4), draw(2, 6, 5, 5), *(x for x in inputs if x is not None)]
     expected = function(*arguments)

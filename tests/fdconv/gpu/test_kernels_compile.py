@@ -56,7 +56,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def scale(ratio: int, group_dtype: torch.dtype, d1: int = 96, d2: int = 94, batch: int = 8) -> None:
-    from fdconv.gpu.scale import _scale_spectrum, _scale_spectrum_backward
+    from fdconv.gpu.ops import _scale_spectrum, _scale_spectrum_backward
 
     spectra, group = meta(ratio, d1, d2 // 2 + 1, 2), meta(d1, d2 // 2 + 1, dtype=group_dtype)
     kernel = meta(batch, ratio * 64)
@@ -73,8 +73,7 @@ def modulate(
     missing: tuple[str, ...] = (),
     batch: int = 8,
 ) -> None:
-    from fdconv.gpu.modulate import _modulate
-    from fdconv.gpu.modulate_backward import _modulate_backward
+    from fdconv.gpu.ops import _modulate, _modulate_backward
 
     k, each = kernel_size, channels // groups
     image = meta(batch, channels * k, each * k)
@@ -96,7 +95,7 @@ def conv(
     dilation: int = 1,
     batch: int = 8,
 ) -> None:
-    from fdconv.gpu.conv import _conv
+    from fdconv.gpu.ops import _conv
 
     x = meta(batch, channels_in, size, size, dtype=dtype)
     weight = meta(batch, channels_out, channels_in // groups, kernel_size, kernel_size, dtype=dtype)
