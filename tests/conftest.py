@@ -56,7 +56,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    _measured.update({report.nodeid: seconds for name, seconds in report.user_properties if name == "seconds"})
+    seconds = dict(report.user_properties).get("seconds")
+    if isinstance(seconds, float):
+        _measured[report.nodeid] = seconds
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -5,8 +5,8 @@ the driver describes. The tuner, told to measure, so compiles every candidate. W
 are kept in memory, shared memory, and the instructions of the matrix products.
 
 Tests elsewhere run the kernels in Triton's interpreter, which Triton chooses at its import, so this runs in processes
-of its own: `python tests/fdconv/gpu/test_kernels_compile.py 90 [--all]` prints a line of JSON for each kernel compiled, and
-with `--asked` how often the tuner measures one call.
+of its own: `python tests/fdconv/gpu/test_kernels_compile.py 90 [--all]` prints a line of JSON for each kernel
+compiled, and with `--asked` how often the tuner measures one call.
 """
 
 from __future__ import annotations
