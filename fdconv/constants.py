@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .cpu.workspace import is_transformed
+from .tracing import is_transformed
 
 T = TypeVar("T")
 

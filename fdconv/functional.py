@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .backend import Backend, chosen_backend, known
 from .cpu import compiled_steps, kernels, sample_loop, torch_steps
-from .cpu.workspace import is_transformed, wants_operations
 from .gpu import dispatch as gpu
 from .modulation import Factors
 from .out_of_memory import explained
@@ -24,6 +23,7 @@ from .reference import (
     sample_weights,
 )
 from .strides import owned
+from .tracing import is_transformed, wants_operations
 
 
 def frequency_dynamic(

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from .bands import BandModulation
-from .cpu.workspace import is_transformed
 from .functional import frequency_dynamic
 from .modulation import Factors, GlobalModulation, LocalModulation, ZeroInit
 from .precision import holds_no_values, without_autocast
 from .reference import Convolution, WeightShape, sample_weights
 from .spectrum import frequency_groups
 from .stored_spectrum import StoredSpectrum
+from .tracing import is_transformed
 
 
 class ModulatedSpectrum(StoredSpectrum):

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch._prims_common import make_contiguous_strides_for
 
 from .config import FDConfig
-from .cpu.workspace import is_transformed
 from .precision import exact_dtype, fft_dtype, holds_no_values, without_autocast
 from .spectrum import (
     EDGE,
@@ -23,6 +22,7 @@ from .spectrum import (
     weight_to_image,
 )
 from .strides import is_channels_last, memory_format
+from .tracing import is_transformed
 
 
 class StoredSpectrum(nn.Module):

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from .. import low_pass
 from ..config import FDConfig
 from ..constants import constant
-from .workspace import blocks, buffer, wants_operations
+from ..tracing import wants_operations
+from .workspace import blocks, buffer
 
 FLAT = 200
 """Positions of a map up to which both axes are one: a product more costs less there than two steps."""

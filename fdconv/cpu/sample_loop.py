@@ -26,8 +26,9 @@ from ..reference import (
 )
 from ..spectrum import column_factors
 from ..strides import owned
+from ..tracing import wants_operations
 from .torch_steps import spectra_scale
-from .workspace import is_plain, wants_operations
+from .workspace import is_plain
 
 CHUNK = 2**19
 """Weights that are made at a time, unless a single sample has more."""

@@ -8,25 +8,11 @@ import threading
 import torch
 from torch import Tensor
 
+from ..tracing import is_transformed
+
 BLOCK = 2**19
 """Numbers that elementwise steps go through together: few enough for the shared cache, and many, for every step that
 is spread over the cores costs some microseconds."""
-
-
-def is_transformed() -> bool:
-    """True where somebody traces or transforms what is called, and wants to see differentiable operations of torch."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.utils._python_dispatch._get_current_dispatch_mode() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    )
-
-
-def wants_operations(grad: Tensor) -> bool:
-    """True in a backward pass that somebody differentiates once more, transforms or takes many gradients at once in."""
-    return torch.is_grad_enabled() or is_transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def is_plain(x: Tensor) -> bool:
