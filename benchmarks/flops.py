@@ -31,7 +31,7 @@ COMPONENTS = {
     "heads": "attention heads",
     "spectrum": "scaling the spectra",
     "inverse_transform": "inverse transform of the weights",
-    "local": "short filters of the local branch",
+    "local": "taps of the local branch",
     "products": "weights times their factors",
     "band_maps": "band maps, 3x3",
     "band_transforms": "low-passes, by matrix products",

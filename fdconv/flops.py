@@ -44,7 +44,7 @@ class LayerCost:
     inverse_transform: int
     """From the spectrum to the weight (FDW)."""
     local: int
-    """The short filters of the local branch (KSM)."""
+    """The taps of the local branch (KSM)."""
     products: int
     """The weight times its factors. Elementwise."""
     band_maps: int
@@ -182,12 +182,12 @@ def _convolution_backward(
     return 2 * prod(x if transposed else grad) * prod(weight[1:]) * sum(wanted[:2])
 
 
-def _modulate(image: Sequence[int], _context: Any, filters: Sequence[int] | None, *_: Any, **__: Any) -> int:
-    return 0 if filters is None else 2 * prod(image) * filters[1]
+def _modulate(image: Sequence[int], _context: Any, taps: Sequence[int] | None, *_: Any, **__: Any) -> int:
+    return 0 if taps is None else 2 * prod(image) * taps[1]
 
 
 def _modulate_backward(_grad: Any, *arguments: Any, **_: Any) -> int:
-    """The short filters once more, and the gradients to them and to what they see."""
+    """The taps once more, and the gradients to them and to what they see."""
     return 3 * _modulate(*arguments)
 
 

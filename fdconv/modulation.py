@@ -39,7 +39,7 @@ class Factors(NamedTuple):
     context: Tensor | None = None
     """`(B, C_in)`, the normalised input of the local branch."""
     taps: Tensor | None = None
-    """`(C_out*k_h*k_w, taps)`, the short filters of the local branch; of the layer, not of a sample."""
+    """`(C_out*k_h*k_w, taps)`, those of the local branch; of the layer, not of a sample."""
 
     @property
     def every_per_sample(self) -> tuple[Tensor | None, ...]:
@@ -221,10 +221,10 @@ class GlobalModulation(nn.Module):
 
 
 class LocalModulation(nn.Module):
-    """KSM's local branch: `(B, C_in)` pooled input to the normalised context that short filters slide along.
+    """KSM's local branch: `(B, C_in)` pooled input to the normalised context that its taps slide along.
 
-    Each filter position has a short filter of its own, in `taps`; what it sees of the context gives a factor for every
-    weight (see `fdconv.reference.local_gate`).
+    Each filter position has a short one-dimensional filter of its own, its taps; what they see of the context gives a
+    factor for every weight (see `fdconv.reference.local_gate`).
     """
 
     def __init__(
@@ -238,12 +238,12 @@ class LocalModulation(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(in_channels, device=device, dtype=dtype)
-        taps = round(math.log2(in_channels) / 2 + 0.5) // 2 * 2 + 1
-        self.conv = ZeroInit(out_channels * positions, 1, taps, bias=False, device=device, dtype=dtype)
+        count = round(math.log2(in_channels) / 2 + 0.5) // 2 * 2 + 1
+        self.conv = ZeroInit(out_channels * positions, 1, count, bias=False, device=device, dtype=dtype)
 
     @property
     def taps(self) -> Tensor:
-        """The short filters, `(C_out*k_h*k_w, taps)`."""
+        """What slides along the channels, `(C_out*k_h*k_w, taps)`."""
         return self.conv.weight.squeeze(1)
 
     def forward(self, context: Tensor) -> Tensor:

@@ -121,15 +121,15 @@ def _scaled_planes(spectra: Tensor, frequency_group: Tensor, kernel: Tensor | No
 
 
 def channel_windows(factors: Factors, shape: WeightShape) -> Tensor:
-    """What the short filters see of the context: `(B, groups, taps, C_in/groups)`."""
+    """What the taps see of the context: `(B, groups, taps, C_in/groups)`."""
     assert factors.context is not None and factors.taps is not None
-    taps = factors.taps.shape[1]
-    windows = F.pad(factors.context, (taps // 2, taps // 2)).unfold(1, taps, 1)
+    count = factors.taps.shape[1]
+    windows = F.pad(factors.context, (count // 2, count // 2)).unfold(1, count, 1)
     return windows.unflatten(1, (shape.groups, -1)).transpose(-1, -2)
 
 
 def local_gate(factors: Factors, shape: WeightShape) -> Tensor:
-    """The factors of the local branch, `(B, C_out, k_h, k_w, C_in/groups)`: short filters slide along the channels.
+    """The factors of the local branch, `(B, C_out, k_h, k_w, C_in/groups)`: taps slide along the channels.
 
     An output channel of a grouped convolution sees the channels of its group only.
     """

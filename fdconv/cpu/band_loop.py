@@ -108,15 +108,15 @@ def _backward(
 # The maps: a 3x3 convolution with few outputs is a product with nine small ones, moved and added up
 
 
-def _taps(weight: Tensor, groups: int) -> Tensor:
-    """`(groups*maps, C/groups, 3, 3)` as a matrix for each group, `(groups, maps*9, C/groups)`, taps backwards."""
+def _by_position(weight: Tensor, groups: int) -> Tensor:
+    """`(groups*maps, C/groups, 3, 3)` as a matrix for each group, `(groups, maps*9, C/groups)`, positions backwards."""
     return weight.flip(2, 3).flatten(2).transpose(1, 2).reshape(groups, -1, weight.shape[1])
 
 
 def _logits(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
     """`F.conv2d(x, weight, bias, padding=1, groups=groups)`."""
     size = x.shape[2:]
-    planes = _taps(weight, groups) @ x.view(len(x), groups, -1, size.numel())
+    planes = _by_position(weight, groups) @ x.view(len(x), groups, -1, size.numel())
     return F.fold(planes.flatten(1, 2), size, 3, padding=1) + bias.view(-1, 1, 1)
 
 
@@ -124,9 +124,9 @@ def _logits_backward(to_logits: Tensor, x: Tensor, weight: Tensor, groups: int, 
     """Gradients to weight and bias; that to the input is added to `to_x`."""
     planes = F.unfold(to_logits, 3, padding=1).unflatten(1, (groups, -1))
     shape = (len(x), groups, -1, planes.shape[-1])
-    taps = (planes @ x.view(shape).transpose(2, 3)).sum(0)
-    to_weight = taps.view(len(weight), 3, 3, -1).permute(0, 3, 1, 2).flip(2, 3)
-    columns = _taps(weight, groups).transpose(1, 2).expand(len(x), -1, -1, -1)
+    by_position = (planes @ x.view(shape).transpose(2, 3)).sum(0)
+    to_weight = by_position.view(len(weight), 3, 3, -1).permute(0, 3, 1, 2).flip(2, 3)
+    columns = _by_position(weight, groups).transpose(1, 2).expand(len(x), -1, -1, -1)
     to_x.view(-1, weight.shape[1], planes.shape[-1]).baddbmm_(columns.flatten(0, 1), planes.flatten(0, 1))
     return to_weight, to_logits.sum((0, 2, 3))
 

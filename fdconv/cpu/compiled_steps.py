@@ -37,9 +37,9 @@ class Source(NamedTuple):
     factors: Factors
     shape: WeightShape
     context: Tensor | None
-    """`(b, C_in + taps - 1)`, what the short filters slide along."""
-    shorts: Tensor | None
-    """`(taps, C_out*k_h*k_w)`, the short filters."""
+    """`(b, C_in + taps - 1)`, what the taps slide along."""
+    taps: Tensor | None
+    """`(taps, C_out*k_h*k_w)`, those of the local branch."""
     rows: Tensor
     """`(b, C_out, k_h*k_w)`, filter times spatial."""
     columns: Tensor
@@ -59,17 +59,17 @@ class Source(NamedTuple):
 
     @property
     def modulation(self) -> kernels.Modulation:
-        return kernels.Modulation.of(self.shape, self.context, self.shorts, self.rows, self.columns)
+        return kernels.Modulation.of(self.shape, self.context, self.taps, self.rows, self.columns)
 
 
 def source(spectra: Tensor, group: Tensor, factors: Factors, shape: WeightShape) -> Source:
     """What the weights of all samples are made of."""
     assert factors.kernel is not None
     tables = _tables(factors.kernel * spectra_scale(factors, shape), len(spectra))
-    context = shorts = None
+    context = taps = None
     if factors.context is not None and factors.taps is not None:
         half = factors.taps.shape[1] // 2
-        context, shorts = F.pad(factors.context, (half, half)), (factors.taps.T * steepness(shape)).contiguous()
+        context, taps = F.pad(factors.context, (half, half)), (factors.taps.T * steepness(shape)).contiguous()
     rows, columns = row_factors(factors, shape), factors.channel
     if rows is None:
         rows = tables.new_ones(len(tables), shape.out_channels, math.prod(shape.kernel_size))
@@ -84,7 +84,7 @@ def source(spectra: Tensor, group: Tensor, factors: Factors, shape: WeightShape)
         factors,
         shape,
         None if context is None else context.contiguous(),
-        shorts,
+        taps,
         rows.contiguous(),
         columns.contiguous(),
     )
@@ -126,15 +126,15 @@ def modulation_backward(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Gradients to the images and to all factors but that of the spectrum, from that of the weights of a chunk.
 
-    What goes to the short filters, which are the layer's, is added to `to_taps`.
+    What goes to the taps, which are the layer's, is added to `to_taps`.
     """
     factors, shape = source.factors, source.shape
     to_images = buffer("to images", tuple(images.shape), images.dtype)
-    to_rows, to_columns, to_shorts, to_context = kernels.modulate_backward(
+    to_rows, to_columns, of_chunk, to_context = kernels.modulate_backward(
         source.modulation, grads.contiguous(), images, to_images
     )
-    if to_taps is not None and to_shorts is not None and to_context is not None:
-        to_taps.add_(to_shorts.T, alpha=steepness(shape))
+    if to_taps is not None and of_chunk is not None and to_context is not None:
+        to_taps.add_(of_chunk.T, alpha=steepness(shape))
         half = to_taps.shape[1] // 2
         to_context = to_context[:, half : half + shape.groups * shape.in_channels]
     to_channel = None if factors.channel is None else to_columns

@@ -125,9 +125,9 @@ std::uint32_t scale(const float* spectra, const Group* group, const float* table
 
 // A weight's shape, and the factors of its modulation. A gate is half the factor of the local branch.
 struct Weight {
-    Int samples, filters, channels, groups, height, width, taps;
+    Int samples, filters, channels, groups, height, width, tap_count;
     const float* context;  // (samples, groups*channels + taps - 1), with zeros at its ends; null without local branch
-    const float* shorts;   // the short filters, (taps, filters, height*width)
+    const float* taps;     // (taps, filters, height*width)
     const float* rows;     // (samples, filters, height*width)
     const float* columns;  // (samples, groups*channels)
 
@@ -135,24 +135,24 @@ struct Weight {
     Int all_channels() const { return groups * channels; }
     Int first_channel(Int filter) const { return filter / (filters / groups) * channels; }
     const float* seen(Int sample, Int channel) const {
-        return context + sample * (all_channels() + taps - 1) + channel;
+        return context + sample * (all_channels() + tap_count - 1) + channel;
     }
 };
 
-// The gates of some input channels. TAPS is the number of taps where the compiler is to know it, else 0.
+// The gates of some input channels. TAPS is their number where the compiler is to know it, else 0.
 template <Int TAPS>
 void gates_of(const Weight& w, const float* seen, Int row, Int size, float* gate) {
-    const Int taps = TAPS ? TAPS : w.taps, apart = w.filters * w.positions();
+    const Int count = TAPS ? TAPS : w.tap_count, apart = w.filters * w.positions();
 #pragma omp simd
     for (Int i = 0; i < size; ++i) {
         float logit = 0.0f;
-        for (Int tap = 0; tap < taps; ++tap) logit += w.shorts[tap * apart + row] * seen[tap + i];
+        for (Int tap = 0; tap < count; ++tap) logit += w.taps[tap * apart + row] * seen[tap + i];
         gate[i] = sigmoid(logit);
     }
 }
 
 inline void gates(const Weight& w, const float* seen, Int row, Int size, float* gate) {
-    switch (w.taps) {
+    switch (w.tap_count) {
         case 3: return gates_of<3>(w, seen, row, size, gate);
         case 5: return gates_of<5>(w, seen, row, size, gate);
         case 7: return gates_of<7>(w, seen, row, size, gate);
@@ -193,7 +193,7 @@ constexpr Int PART = 32;
 struct Gradients {
     float* image;    // as the image
     float* rows;     // as the rows
-    float* shorts;   // (samples, taps, filters, height*width)
+    float* taps;     // (samples, taps, filters, height*width)
     float* columns;  // (samples, parts, groups*channels), zero before
     float* context;  // (samples, parts, groups*channels + taps - 1), zero before
 };
@@ -201,7 +201,7 @@ struct Gradients {
 template <Int HEIGHT, Int WIDTH>
 void modulate_backward(const Weight& w, const Gradients& to, const float* above, const float* image, int threads) {
     const Int k_h = HEIGHT ? HEIGHT : w.height, k_w = WIDTH ? WIDTH : w.width, positions = k_h * k_w;
-    const Int each_sample = parts(w.filters, PART), padded = w.all_channels() + w.taps - 1;
+    const Int each_sample = parts(w.filters, PART), padded = w.all_channels() + w.tap_count - 1;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (Int part = 0; part < w.samples * each_sample; ++part) {
         const Int sample = part / each_sample, last = std::min(w.filters, (part % each_sample + 1) * PART);
@@ -212,8 +212,8 @@ void modulate_backward(const Weight& w, const Gradients& to, const float* above,
                 const Int row = filter * positions + p;
                 const float factor = w.rows[each * positions + p];
                 float to_row = 0.0f;
-                for (Int tap = 0; w.context && tap < w.taps; ++tap)
-                    to.shorts[(sample * w.taps + tap) * w.filters * positions + row] = 0.0f;
+                for (Int tap = 0; w.context && tap < w.tap_count; ++tap)
+                    to.taps[(sample * w.tap_count + tap) * w.filters * positions + row] = 0.0f;
                 for (Int start = 0; start < w.channels; start += BLOCK) {
                     const Int size = std::min(BLOCK, w.channels - start), channel = first + start;
                     if (w.context)
@@ -234,9 +234,9 @@ void modulate_backward(const Weight& w, const Gradients& to, const float* above,
                         // Of log(sigmoid(z)) the derivative is 1 - sigmoid(z).
                         slope[i] = product * (1.0f - gate[i]) * columns[i] * factor;
                     }
-                    for (Int tap = 0; w.context && tap < w.taps; ++tap) {
-                        const Int filters_row = tap * w.filters * positions + row;
-                        const float own = w.shorts[filters_row];
+                    for (Int tap = 0; w.context && tap < w.tap_count; ++tap) {
+                        const Int place = tap * w.filters * positions + row;
+                        const float own = w.taps[place];
                         const float* seen = w.seen(sample, channel) + tap;
                         float* to_seen = to.context + part * padded + channel + tap;
                         float total = 0.0f;
@@ -245,7 +245,7 @@ void modulate_backward(const Weight& w, const Gradients& to, const float* above,
                             total += slope[i] * seen[i];
                             to_seen[i] += slope[i] * own;
                         }
-                        to.shorts[sample * w.taps * w.filters * positions + filters_row] += total;
+                        to.taps[sample * w.tap_count * w.filters * positions + place] += total;
                     }
                 }
                 to.rows[each * positions + p] = to_row;

@@ -180,27 +180,25 @@ class Modulation(ctypes.Structure):
     """A weight's shape and the factors of its modulation, as `Weight` in the C++."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in "samples filters channels groups height width taps".split()),
-        *((name, ctypes.c_void_p) for name in "context shorts rows columns".split()),
+        *((name, ctypes.c_int64) for name in "samples filters channels groups height width tap_count".split()),
+        *((name, ctypes.c_void_p) for name in "context taps rows columns".split()),
     )
 
     @classmethod
     def of(
-        cls, shape: WeightShape, context: Tensor | None, shorts: Tensor | None, rows: Tensor, columns: Tensor
+        cls, shape: WeightShape, context: Tensor | None, taps: Tensor | None, rows: Tensor, columns: Tensor
     ) -> Modulation:
         """All tensors must be contiguous; they are kept for as long as it lives.
 
         Args:
             context: `(B, C_in + taps - 1)`, with zeros at its ends, or None without local branch.
-            shorts: the short filters, `(taps, C_out*k_h*k_w)`, for half the gate, or None.
+            taps: `(taps, C_out*k_h*k_w)`, for half the gate, or None.
             rows: `(B, C_out, k_h*k_w)`.
             columns: `(B, C_in)`.
         """
         sizes = (len(rows), shape.out_channels, shape.in_channels, shape.groups, *shape.kernel_size)
-        given = (context, shorts, rows, columns)
-        made = cls(
-            *sizes, 1 if shorts is None else len(shorts), *(None if it is None else it.data_ptr() for it in given)
-        )
+        given = (context, taps, rows, columns)
+        made = cls(*sizes, 1 if taps is None else len(taps), *(None if it is None else it.data_ptr() for it in given))
         made.given = given
         return made
 
@@ -211,32 +209,32 @@ def modulate(modulation: Modulation, image: Tensor, out: Tensor) -> None:
 
 
 class _Gradients(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_void_p) for name in "image rows shorts columns context".split())
+    _fields_ = tuple((name, ctypes.c_void_p) for name in "image rows taps columns context".split())
 
 
 def modulate_backward(
     modulation: Modulation, above: Tensor, image: Tensor, to_image: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients to rows, columns, short filters (summed over samples) and context; that to the image is written.
+    """Gradients to rows, columns, taps (summed over samples) and context; that to the image is written.
 
     Args:
         above: gradient to the weights.
         image: the images that they were made of.
         to_image: as the image.
     """
-    _, shorts, rows, columns = given = modulation.given
+    _, taps, rows, columns = given = modulation.given
     samples, filters, _ = rows.shape
     parts = -(-filters // _library().fdconv_part())
     to_rows, to_columns = torch.empty_like(rows), columns.new_zeros(samples, parts, columns.shape[1])
-    to_shorts = to_context = None
-    if shorts is not None:
-        to_shorts = shorts.new_empty(samples, *shorts.shape)
+    to_taps = to_context = None
+    if taps is not None:
+        to_taps = taps.new_empty(samples, *taps.shape)
         to_context = given[0].new_zeros(samples, parts, given[0].shape[1])
-    places = (to_image, to_rows, to_shorts, to_columns, to_context)
+    places = (to_image, to_rows, to_taps, to_columns, to_context)
     to = _Gradients(*(None if place is None else place.data_ptr() for place in places))
     _library().fdconv_modulate_backward(
         *(ctypes.byref(modulation), ctypes.byref(to), above.data_ptr(), image.data_ptr(), torch.get_num_threads())
     )
-    if to_shorts is None or to_context is None:
+    if to_taps is None or to_context is None:
         return to_rows, to_columns.sum(1), None, None
-    return to_rows, to_columns.sum(1), to_shorts.sum(0), to_context.sum(1)
+    return to_rows, to_columns.sum(1), to_taps.sum(0), to_context.sum(1)

@@ -115,8 +115,8 @@ class _Local(NamedTuple):
     `1 + tanh(z)` is `2*sigmoid(2*z)`, so one function serves both activations.
     """
 
-    filters: Tensor
-    """`(groups, taps, C_out/groups, k_h*k_w)`: taps first, for a factor of a few taps that broadcasts is slow."""
+    taps: Tensor
+    """`(groups, taps, C_out/groups, k_h*k_w)`: taps first, for a factor of a few of them that broadcasts is slow."""
     windows: Tensor
     """What they see, `(b, groups, taps, C_in/groups)`."""
 
@@ -124,15 +124,15 @@ class _Local(NamedTuple):
     def of(cls, factors: Factors, shape: WeightShape) -> _Local | None:
         if factors.context is None or factors.taps is None:
             return None
-        filters = (factors.taps * steepness(shape)).T.contiguous()
-        filters = filters.view(len(filters), shape.groups, -1, math.prod(shape.kernel_size)).transpose(0, 1)
-        return cls(filters, channel_windows(factors, shape).contiguous())
+        taps = (factors.taps * steepness(shape)).T.contiguous()
+        taps = taps.view(len(taps), shape.groups, -1, math.prod(shape.kernel_size)).transpose(0, 1)
+        return cls(taps, channel_windows(factors, shape).contiguous())
 
     def gate(self, samples: slice, channels: slice, shape: WeightShape) -> Tensor:
         """`(b, C_out, k_h, k_w, C_in/groups)` of a block."""
-        filters, windows = self.filters[:, :, channels].flatten(2), self.windows[samples]
-        logits = buffer("gate", (*windows.shape[:2], filters.shape[2], windows.shape[3]), windows.dtype)
-        torch.matmul(filters.mT, windows, out=logits)
+        taps, windows = self.taps[:, :, channels].flatten(2), self.windows[samples]
+        logits = buffer("gate", (*windows.shape[:2], taps.shape[2], windows.shape[3]), windows.dtype)
+        torch.matmul(taps.mT, windows, out=logits)
         return logits.sigmoid_().view(len(windows), -1, *shape.kernel_size, shape.in_channels)
 
 
@@ -201,7 +201,7 @@ def modulation_backward(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Gradients to the images and to all factors but that of the spectrum, from that of the weights of a chunk.
 
-    What goes to the short filters, which are the layer's, is added to `to_taps`.
+    What goes to the taps, which are the layer's, is added to `to_taps`.
     """
     factors, shape = source.factors, source.shape
     k_h, k_w = shape.kernel_size
@@ -211,10 +211,10 @@ def modulation_backward(
     rows, columns = vectors.or_ones(images, shape)
     to_rows = None if vectors.rows is None else torch.empty_like(rows)
     to_columns = None if vectors.columns is None else torch.zeros_like(columns)
-    filters, windows, to_filters, to_windows = None, None, None, None
+    taps, windows, by_sample, to_windows = None, None, None, None
     if local is not None:
-        filters, windows = local.filters * rows[:, :, None], local.windows * columns
-        to_filters, to_windows = torch.empty_like(filters), torch.zeros_like(windows)
+        taps, windows = local.taps * rows[:, :, None], local.windows * columns
+        by_sample, to_windows = torch.empty_like(taps), torch.zeros_like(windows)
     for samples, channels in _channel_blocks(batch, shape):
         image, above = images[samples, channels], grads[samples, channels].permute(0, 1, 3, 4, 2)
         place = to_images[samples, channels].transpose(-1, -2)
@@ -236,16 +236,16 @@ def modulation_backward(
             place = to_rows[samples, :, channels]
             place.copy_((by_group @ columns[samples].mT).view(place.shape))
         if gate is not None:
-            assert filters is not None and windows is not None and to_filters is not None and to_windows is not None
+            assert taps is not None and windows is not None and by_sample is not None and to_windows is not None
             # Of log(sigmoid(z)) the derivative is 1 - sigmoid(z).
             torch.addcmul(product, product, gate, value=-1, out=product)
-            place = to_filters[samples, :, :, channels]
+            place = by_sample[samples, :, :, channels]
             place.copy_((by_group @ windows[samples].mT).mT.reshape(place.shape))
-            to_windows[samples] += filters[samples, :, :, channels].flatten(3) @ by_group
+            to_windows[samples] += taps[samples, :, :, channels].flatten(3) @ by_group
     to_context = None
-    if to_taps is not None and to_filters is not None and to_windows is not None:
-        taps = (to_filters * rows[:, :, None]).sum(0).transpose(0, 1).flatten(1)
-        to_taps += taps.T * steepness(shape)
+    if to_taps is not None and by_sample is not None and to_windows is not None:
+        summed = (by_sample * rows[:, :, None]).sum(0).transpose(0, 1).flatten(1)
+        to_taps += summed.T * steepness(shape)
         to_context = _from_windows(to_windows * columns)
     to_channel = None if to_columns is None else to_columns.flatten(1)
     return to_images, [to_channel, *split_rows(None if to_rows is None else to_rows.flatten(1, 2), factors), to_context]
@@ -266,11 +266,11 @@ def split_rows(to_rows: Tensor | None, factors: Factors) -> tuple[Tensor | None,
 def _from_windows(to_windows: Tensor) -> Tensor:
     """Gradient to the context, from that to the windows `(b, groups, taps, C_in/groups)` that show parts of it."""
     to_windows = to_windows.transpose(1, 2).flatten(2)
-    batch, taps, channels = to_windows.shape
-    padded = to_windows.new_zeros(batch, channels + taps - 1)
-    for tap in range(taps):
+    batch, count, channels = to_windows.shape
+    padded = to_windows.new_zeros(batch, channels + count - 1)
+    for tap in range(count):
         padded[:, tap : tap + channels] += to_windows[:, tap]
-    return padded[:, taps // 2 : taps // 2 + channels]
+    return padded[:, count // 2 : count // 2 + channels]
 
 
 def spectrum_backward(source: Source, to_images: Tensor, counted: Tensor, to_spectra: Tensor) -> Tensor | None:

@@ -31,15 +31,15 @@ def tap_at(context, channel, inside, channels_in, shift):  # type: ignore[no-unt
 
 
 @jit
-def gate_at(context, filters, channel, inside, row, inside_row, channels_in, slope, TAPS: tl.constexpr):  # type: ignore[no-untyped-def]
+def gate_at(context, taps, channel, inside, row, inside_row, channels_in, slope, TAPS: tl.constexpr):  # type: ignore[no-untyped-def]
     # `2*sigmoid(z)` is `2/(1 + exp(-z))`, and `1 + tanh(z)` is the same of `2*z`: `slope` is 1 or 2.
-    if filters is None:
+    if taps is None:
         return 1.0
     else:
         logits = 0.0
         for tap in tl.static_range(TAPS):
             window = tap_at(context, channel, inside, channels_in, tap - TAPS // 2)
-            logits += window * tl.load(filters + row * TAPS + tap, mask=inside_row, other=0.0).to(tl.float32)
+            logits += window * tl.load(taps + row * TAPS + tap, mask=inside_row, other=0.0).to(tl.float32)
         return 2.0 / (1.0 + tl.exp(-slope * logits))
 
 
@@ -48,9 +48,9 @@ def modulate_blocks(
 ) -> tuple[int, int, int]:
     """Output channels, input channels and positions of one program's block.
 
-    The partial sums for the short filters grow with the number of blocks along the input channels, those for the
-    context with it along filters and positions; about 32 of the former balance the two. With groups, more is loaded
-    for every element, and a full block would not fit into the registers.
+    The partial sums for the taps grow with the number of blocks along the input channels, those for the context with it
+    along filters and positions; about 32 of the former balance the two. With groups, more is loaded for every element,
+    and a full block would not fit into the registers.
     """
     if grouped:
         elements //= 2

@@ -41,7 +41,7 @@ def _fit_modulate(candidate: Candidate, arguments: dict[str, Any]) -> Candidate:
 def _modulate_kernel(  # type: ignore[no-untyped-def]
     image,
     context,
-    filters,
+    taps,
     channel,
     filter_,
     spatial,
@@ -81,9 +81,9 @@ def _modulate_kernel(  # type: ignore[no-untyped-def]
     base = sample * channels_out * (channels_group * K_H * K_W)
     at = (o * K_H + p // K_W) * (channels_group * K_W) + i * K_W + p % K_W
     value = tl.load(image + base + at, mask=inside, other=0.0)
-    if filters is not None:
+    if taps is not None:
         context += sample * channels_in
-    value *= gate_at(context, filters, c, inside_c, row, inside_row, channels_in, slope, TAPS)
+    value *= gate_at(context, taps, c, inside_c, row, inside_row, channels_in, slope, TAPS)
     value *= factor_at(channel, sample * channels_in + c, inside_c)
     value *= factor_at(filter_, sample * channels_out + o, o < channels_out)
     value *= factor_at(spatial, sample * (K_H * K_W) + p, p < K_H * K_W)
@@ -95,7 +95,7 @@ def launch(
     out: Tensor,
     image: Tensor,
     context: Tensor | None,
-    filters: Tensor | None,
+    taps: Tensor | None,
     channel: Tensor | None,
     filter_: Tensor | None,
     spatial: Tensor | None,
@@ -112,7 +112,7 @@ def launch(
 
     with torch.cuda.device_of(image):
         _modulate_kernel[grid](
-            *contiguous(image, context, filters, channel, filter_, spatial),
+            *contiguous(image, context, taps, channel, filter_, spatial),
             out,
             channels_out,
             channels_group * groups,
@@ -122,6 +122,6 @@ def launch(
             power_of_2(samples),
             K_H=k_h,
             K_W=k_w,
-            TAPS=1 if filters is None else filters.shape[1],
+            TAPS=1 if taps is None else taps.shape[1],
             GROUPED=groups > 1,
         )

@@ -25,13 +25,13 @@ def _modulate_backward_kernel(  # type: ignore[no-untyped-def]
     grad,
     image,
     context,
-    filters,
+    taps,
     channel,
     filter_,
     spatial,
     grad_image,
     grad_context,
-    grad_filters,
+    grad_taps,
     grad_channel,
     grad_filter,
     grad_spatial,
@@ -71,9 +71,9 @@ def _modulate_backward_kernel(  # type: ignore[no-untyped-def]
     at = (o * K_H + p // K_W) * (channels_group * K_W) + i * K_W + p % K_W
     to = (o * channels_group + i) * (K_H * K_W) + p
     slope_out = tl.load(grad + base + to, mask=inside, other=0.0).to(tl.float32)
-    if filters is not None:
+    if taps is not None:
         context += sample * channels_in
-    gate = gate_at(context, filters, c, inside_c, row, inside_row, channels_in, slope, TAPS)
+    gate = gate_at(context, taps, c, inside_c, row, inside_row, channels_in, slope, TAPS)
     by_channel = factor_at(channel, sample * channels_in + c, inside_c)
     by_filter = factor_at(filter_, sample * channels_out + o, o < channels_out)
     by_position = factor_at(spatial, sample * (K_H * K_W) + p, p < K_H * K_W)
@@ -102,16 +102,16 @@ def _modulate_backward_kernel(  # type: ignore[no-untyped-def]
         part = tl.sum(part, axis=0, keep_dims=True)
         block = (tile_o * across + tile_i) * samples + sample
         tl.store(grad_spatial + block * (K_H * K_W) + p, part, mask=p < K_H * K_W)
-    if filters is not None:
+    if taps is not None:
         slope_logits = product * by_channel * by_filter * by_position * gate * (1.0 - 0.5 * gate) * slope
         rows = channels_out * (K_H * K_W)
         for tap in tl.static_range(TAPS):
             window = tap_at(context, c, inside_c, channels_in, tap - TAPS // 2)
             part = tl.sum(slope_logits * window, axis=1, keep_dims=True)
             to_tap = ((tile_i * samples + sample) * TAPS + tap) * rows + row
-            tl.store(grad_filters + to_tap, part, mask=inside_row)
-            short = tl.load(filters + row * TAPS + tap, mask=inside_row, other=0.0).to(tl.float32)
-            part = tl.sum(slope_logits * short, axis=2, keep_dims=True)
+            tl.store(grad_taps + to_tap, part, mask=inside_row)
+            own = tl.load(taps + row * TAPS + tap, mask=inside_row, other=0.0).to(tl.float32)
+            part = tl.sum(slope_logits * own, axis=2, keep_dims=True)
             if not GROUPED:
                 part = tl.sum(part, axis=0, keep_dims=True)
             tl.store(grad_context + tap_rest + tap * channels_group, part, mask=inside_c)
@@ -121,7 +121,7 @@ def launch(
     grad: Tensor,
     image: Tensor,
     context: Tensor | None,
-    filters: Tensor | None,
+    taps: Tensor | None,
     channel: Tensor | None,
     filter_: Tensor | None,
     spatial: Tensor | None,
@@ -130,18 +130,18 @@ def launch(
     groups: int,
     activation: str,
 ) -> list[Tensor]:
-    """Gradients of `image` and of those of `context, filters, channel, filter_, spatial` that are not None."""
-    inputs = [context, filters, channel, filter_, spatial]
+    """Gradients of `image` and of those of `context, taps, channel, filter_, spatial` that are not None."""
+    inputs = [context, taps, channel, filter_, spatial]
     samples, channels_out, channels_group = grad.shape[:3]
     if samples == 0:
         return [torch.zeros_like(tensor) for tensor in (image, *inputs) if tensor is not None]
-    positions, taps = k_h * k_w, 1 if filters is None else filters.shape[1]
+    positions, count = k_h * k_w, 1 if taps is None else taps.shape[1]
     co, ci, p = modulate_blocks(channels_out, channels_group, positions, groups > 1, ELEMENTS)
     down, across = number_of_blocks(channels_out, co), number_of_blocks(channels_group, ci)
     parts = channels_out if groups > 1 else down
     shapes = (
-        (samples, parts, taps, channels_group),
-        (across * samples, taps, channels_out * positions),
+        (samples, parts, count, channels_group),
+        (across * samples, count, channels_out * positions),
         (samples, parts, channels_group),
         (across, samples, channels_out),
         (down * across, samples, positions),
@@ -161,16 +161,16 @@ def launch(
             slope_of(activation),
             K_H=k_h,
             K_W=k_w,
-            TAPS=taps,
+            TAPS=count,
             GROUPED=groups > 1,
             CO=co,
             CI=ci,
             P=p,
         )
-    by_context, by_filters, by_channel, by_filter, by_spatial = partial
+    by_context, by_taps, by_channel, by_filter, by_spatial = partial
     sums = [
         None if by_context is None else _slide_back(_sum_parts(by_context, groups)),
-        None if by_filters is None else by_filters.sum(0).t().contiguous(),
+        None if by_taps is None else by_taps.sum(0).t().contiguous(),
         None if by_channel is None else _sum_parts(by_channel, groups).flatten(1),
         None if by_filter is None else by_filter.sum(0),
         None if by_spatial is None else by_spatial.sum(0),
@@ -188,7 +188,7 @@ def _sum_parts(partial: Tensor, groups: int) -> Tensor:
 
 
 def _slide_back(taps_first: Tensor) -> Tensor:
-    """The transposed short filter: shift what each tap contributed back to the channel it read.
+    """What slides the taps, transposed: shift what each contributed back to the channel it read.
 
     Args:
         taps_first: `(B, groups, taps, C_in/groups)`.
@@ -197,8 +197,8 @@ def _slide_back(taps_first: Tensor) -> Tensor:
         `(B, C_in)`.
     """
     by_tap = taps_first.transpose(1, 2).flatten(2)
-    _, taps, channels = by_tap.shape
-    half = taps // 2
+    _, count, channels = by_tap.shape
+    half = count // 2
     padded = F.pad(by_tap, (half, half))
-    shifted = [padded[:, tap, 2 * half - tap :][:, :channels] for tap in range(taps)]
+    shifted = [padded[:, tap, 2 * half - tap :][:, :channels] for tap in range(count)]
     return torch.stack(shifted).sum(0)

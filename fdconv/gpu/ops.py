@@ -36,7 +36,7 @@ def scale_spectrum(
 def modulate(
     image: Tensor,
     context: Tensor | None,
-    filters: Tensor | None,
+    taps: Tensor | None,
     channel: Tensor | None,
     filter_: Tensor | None,
     spatial: Tensor | None,
@@ -51,19 +51,19 @@ def modulate(
     Args:
         image: `(B, D1, D2)`, float32, `D1 = C_out*k_h`, `D2 = C_in/groups*k_w`.
         context: `(B, C_in)`, the normalised pooled input, or None without local branch.
-        filters: `(C_out*k_h*k_w, taps)`, the local branch's short filters, or None without local branch.
+        taps: `(C_out*k_h*k_w, taps)`, those of the local branch, or None without it.
         channel: `(B, C_in)`, factor of every input channel, or None.
         filter_: `(B, C_out)`, factor of every output channel, or None.
         spatial: `(B, k_h*k_w)`, factor of every kernel position, or None.
         kernel_size: `(k_h, k_w)`.
-        groups: groups of the convolution. Short filters slide over the channels of all groups.
+        groups: groups of the convolution. Taps slide over the channels of all groups.
         activation: gate of the local branch, "sigmoid" or "tanh".
         dtype: of the weights; everything is computed in float32.
 
     Returns:
         `(B, C_out, C_in/groups, k_h, k_w)`, contiguous.
     """
-    factors = (context, filters, channel, filter_, spatial)
+    factors = (context, taps, channel, filter_, spatial)
     return torch.ops.fdconv.modulate(image, *factors, *kernel_size, groups, activation, dtype)
 
 
@@ -166,7 +166,7 @@ def _modulate(*given: Any) -> Tensor:
 def _modulate_fake(
     image: Tensor,
     context: Tensor | None,
-    filters: Tensor | None,
+    taps: Tensor | None,
     channel: Tensor | None,
     filter_: Tensor | None,
     spatial: Tensor | None,
@@ -181,7 +181,7 @@ def _modulate_fake(
 
 
 def _modulate_backward(*given: Any) -> list[Tensor]:
-    """Gradients of `image` and of those of `context, filters, channel, filter_, spatial` that are not None."""
+    """Gradients of `image` and of those of `context, taps, channel, filter_, spatial` that are not None."""
     from .modulate_backward import launch
 
     return launch(*given)
@@ -191,7 +191,7 @@ def _modulate_backward_fake(
     grad: Tensor,
     image: Tensor,
     context: Tensor | None,
-    filters: Tensor | None,
+    taps: Tensor | None,
     channel: Tensor | None,
     filter_: Tensor | None,
     spatial: Tensor | None,
@@ -200,7 +200,7 @@ def _modulate_backward_fake(
     groups: int,
     activation: str,
 ) -> list[Tensor]:
-    inputs = (image, context, filters, channel, filter_, spatial)
+    inputs = (image, context, taps, channel, filter_, spatial)
     return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs if x is not None]
 
 
@@ -216,7 +216,7 @@ def _modulate_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _MODULATE = (
-    "Tensor image, Tensor? context, Tensor? filters, Tensor? channel, Tensor? filter_, Tensor? spatial, "
+    "Tensor image, Tensor? context, Tensor? taps, Tensor? channel, Tensor? filter_, Tensor? spatial, "
     "int k_h, int k_w, int groups, str activation"
 )
 """What both custom operators take, in the language of their schemas."""

@@ -115,8 +115,8 @@ def test_adamw_moves_the_weights_of_a_network_as_far(name: str, size: int) -> No
     """The relative movement of each swapped weight after 5 steps, within a fifth.
 
     But for depthwise layers. Their image is `k` columns wide, of which column 0 stands for one frequency and is moved
-    by twice as many numbers, so that a step is `sqrt(1 + 1/k)` as long; and where a few taps see most of the gradient,
-    Adam moves those alone in a plain layer, and the whole filter here.
+    by twice as many numbers, so that a step is `sqrt(1 + 1/k)` as long; and where a few positions see most of the
+    gradient, Adam moves those alone in a plain layer, and the whole filter here.
     """
     x, target = torch.randn(4, 3, size, size), torch.randint(0, 10, (4,))
     plain = fdsurgery.testing.settle_(timm.create_model(name, num_classes=10), x)

@@ -190,7 +190,7 @@ def test_fused_kernels_are_counted(groups: int, config: FDConfig) -> None:
 
     plain, fused = forward_and_backward("torch"), forward_and_backward("triton")
     assert fused[0] == plain[0]
-    # The fused backward pass applies the short filters once more, for it keeps none of the weights.
+    # The fused backward pass applies the taps once more, for it keeps none of the weights.
     assert fused[1] == plain[1] + 2 * 2 * layer_cost(layer, (16, 5, 5)).local
 
 

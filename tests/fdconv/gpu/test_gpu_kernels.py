@@ -42,7 +42,7 @@ def _skip_where_numpy_is_too_new() -> None:
 if not CUDA and common.available(DEVICE):
     _skip_where_numpy_is_too_new()
 
-NAMES = ("image", "context", "filters", "channel", "filter_", "spatial")
+NAMES = ("image", "context", "taps", "channel", "filter_", "spatial")
 Tensors = list[Tensor | None]
 
 
@@ -165,17 +165,17 @@ def test_scale_without_samples() -> None:
 
 
 def modulate_twin(*inputs: Tensor | None, kernel_size: tuple[int, int], groups: int, activation: str) -> Tensor:
-    image, context, filters, channel, filter_, spatial = inputs
+    image, context, taps, channel, filter_, spatial = inputs
     assert image is not None
     weight = image_to_weight(image.contiguous(), kernel_size)
     batch, channels_out, channels_group, k_h, k_w = weight.shape
-    if context is not None and filters is not None:
-        taps = filters.shape[1]
-        padded = F.pad(context, (taps // 2, taps // 2))
+    if context is not None and taps is not None:
+        count = taps.shape[1]
+        padded = F.pad(context, (count // 2, count // 2))
         logits = torch.zeros_like(weight)
-        for tap in range(taps):
+        for tap in range(count):
             window = padded[:, tap : tap + context.shape[1]].view(batch, groups, 1, channels_group, 1, 1)
-            by_group = filters[:, tap].view(groups, channels_out // groups, 1, k_h, k_w)
+            by_group = taps[:, tap].view(groups, channels_out // groups, 1, k_h, k_w)
             logits = logits + (window * by_group).flatten(1, 2)
         weight = weight * (2 * torch.sigmoid(logits) if activation == "sigmoid" else 1 + torch.tanh(logits))
     if channel is not None:
@@ -254,7 +254,7 @@ def test_modulate(
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(
-    "missing", [("context", "filters"), ("channel",), ("filter_",), ("spatial",), NAMES[1:]], ids=",".join
+    "missing", [("context", "taps"), ("channel",), ("filter_",), ("spatial",), NAMES[1:]], ids=",".join
 )
 def test_modulate_without(missing: tuple[str, ...], groups: int) -> None:
     inputs = modulate_inputs(2, 6, 4, (3, 1), groups, 3)
