@@ -24,7 +24,7 @@ def measure(spec: str) -> dict[str, Any]:
     """One row, in this process: for every tracer `same`, `other` (sites that differ) or `refuses`, and its seconds."""
     from fdsurgery import DiscoveryError
     from fdsurgery.discovery import observe
-    from fdsurgery.discovery.trace import TRACERS
+    from fdsurgery.discovery.trace import TRACERS, observe_by
 
     torch.set_num_threads(1)
     model = zoo.build(spec).eval()
@@ -35,7 +35,7 @@ def measure(spec: str) -> dict[str, Any]:
     for tracer in TRACERS:
         start = time.perf_counter()
         try:
-            seen = observe(model, recorded.inputs, tracer)
+            seen = observe_by(tracer, model, recorded.inputs)
         except DiscoveryError as error:
             row[tracer] = "refuses"
             row[f"{tracer}_reason"] = str(error).partition(": ")[2][:200]

@@ -5,6 +5,8 @@ from typing import Any
 
 from fdconv import NeutralWeightWarning, WeightReadError, strict_weight_reads
 
+from . import inspect, testing
+from .converted import dynamic_layers
 from .discovery import Site, sites
 from .errors import (
     CheckpointError,
@@ -63,9 +65,11 @@ __all__ = [
     "apply",
     "compile_for_inference",
     "convert",
+    "dynamic_layers",
     "freeze",
     "from_pretrained",
     "fuse_norms",
+    "inspect",
     "load",
     "load_recipe",
     "optimizer_after_surgery",

@@ -81,8 +81,8 @@ class Plan:
     """How the recipe was chosen, in words."""
     model_class: str
     tracer: str
-    """How the model was observed: in a forward recorded on `meta` tensors (no compute) or `real` ones, or in the graph
-    of the tracer that was asked for."""
+    """How the model was observed: in a forward recorded on `meta` tensors (no compute) or `real` ones. Plans of version
+    0.1 may name another tracer."""
     decisions: tuple[Decision, ...]
     left_out: dict[str, int] = field(default_factory=dict)
     """Layers that are no sites, since nothing can take their place (1-D, 3-D and transposed convolutions, ...): how

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +13,6 @@ from torch import nn
 from .discovery.effective import same_padding
 from .discovery.observe import Observation, observe
 from .discovery.site import Site
-from .discovery.trace import TracedBy
 from .errors import RecipeError, near_misses
 from .integrations.ultralytics import network_of
 from .operators import Wanted, build_layers, get_operator
@@ -29,7 +28,6 @@ def plan(
     recipe: str | Path | Recipe = "auto",
     *,
     example_inputs: Any = None,
-    tracer: Literal["record"] | TracedBy = "record",
     **overrides: Any,
 ) -> Plan:
     """Decide for every site of a model whether to swap it. The model is not touched.
@@ -40,7 +38,6 @@ def plan(
         recipe: `auto` to recognise the family (else `generic`), a shipped recipe's name, a YAML file, or a `Recipe`.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments for one forward; needed
             only where they cannot be told from the model.
-        tracer: what reads the data flow; see `fdsurgery.sites`.
         **overrides: operator settings that win over every rule's `with`, e.g. `kernel_num=16`.
 
     Returns:
@@ -51,14 +48,13 @@ def plan(
         DiscoveryError: the model could not be run; pass `example_inputs`.
         UnsupportedModelError: the model is wrapped, compiled, quantised or scripted.
     """
-    return plan_and_observation(model, recipe, example_inputs, tracer, overrides)[0]
+    return plan_and_observation(model, recipe, example_inputs, overrides)[0]
 
 
 def plan_and_observation(
     model: nn.Module,
     recipe: str | Path | Recipe,
     example_inputs: Any,
-    tracer: Literal["record"] | TracedBy,
     overrides: dict[str, Any],
 ) -> tuple[Plan, Observation]:
     """What `plan` says, and what it saw."""
@@ -74,7 +70,7 @@ def plan_and_observation(
         name = chosen.name
     for rule in chosen.swap:  # before the model is run: a wrong override should not take a forward to be told
         get_operator(rule.operator).settings({**rule.settings, **overrides})
-    seen = observe(model, example_inputs, tracer)
+    seen = observe(model, example_inputs)
     decisions = _decide_all(model, chosen, seen.sites, overrides)
     decisions = _with_costs(resolved(decisions), model, seen)
     left_out = dict(seen.left_out)

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from .discovery import Observation, Site, observe
 from .discovery.record import record
 from .discovery.shadow import twin_of
-from .discovery.trace import TRACERS
 from .errors import PlanError, RewriteError, UnsupportedModelError, near_misses
 from .finetune import forget, remember
 from .integrations.ultralytics import network_of
@@ -63,7 +62,7 @@ def convert(
     """
     if isinstance(model, fx.GraphModule):
         with calls_as_modules(model) as calls:
-            decided, seen = plan_and_observation(model, recipe, example_inputs, "record", overrides)
+            decided, seen = plan_and_observation(model, recipe, example_inputs, overrides)
             stay = [f"{call.node.name}: {call.obstacle}" for call in calls if call.obstacle]
             if stay and not decided.swaps:
                 raise PlanError(
@@ -72,7 +71,7 @@ def convert(
                 )
             carry_out(decided, seen, model, optimizers)
         return model
-    decided, seen = plan_and_observation(model, recipe, example_inputs, "record", overrides)
+    decided, seen = plan_and_observation(model, recipe, example_inputs, overrides)
     carry_out(decided, seen, network_of(model), optimizers)
     return model
 
@@ -104,8 +103,7 @@ def apply(plan: Plan, model: nn.Module, *, optimizers: Optimizer | Iterable[Opti
     layers = dict(model.named_modules(remove_duplicate=False))
     for decision in plan.swaps:
         _check_fits(decision, layers)
-    tracer = next((name for name in TRACERS if name == plan.tracer), None)
-    return carry_out(plan, observe(model, plan.example_inputs, tracer or "record"), model, optimizers)
+    return carry_out(plan, observe(model, plan.example_inputs), model, optimizers)
 
 
 def carry_out(

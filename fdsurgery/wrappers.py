@@ -18,6 +18,22 @@ def inner_of(model: nn.Module) -> nn.Module:
     return model
 
 
+def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As `model.named_modules()`, with the names of the plain model: wrappers and what they put into names left out."""
+    seen: set[nn.Module] = set()
+
+    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        module = inner_of(module)
+        if module in seen:
+            return
+        seen.add(module)
+        yield name, module
+        for child_name, child in module.named_children():
+            yield from walk(child, f"{name}.{child_name}" if name else child_name)
+
+    yield from walk(model, "")
+
+
 @contextmanager
 def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
     """The module inside of all wrappers, and for the time of the body without wrappers of its parts.

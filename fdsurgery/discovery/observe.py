@@ -20,11 +20,9 @@ from .record import LAYERS, record
 from .roles import find_roles
 from .shadow import has_hooks
 from .site import Kind, Layout, Role, Site
-from .trace import TRACERS, TracedBy, trace
 from .unsupported import find_cautions, find_obstacles
 
 Recorded = Literal["meta", "real"]
-Seen = Recorded | TracedBy
 
 _MOST_REAL_TRIES = 3  # a real forward of a large model takes seconds, and fails at one size much as at another
 
@@ -39,9 +37,9 @@ class Observation:
     """One for each convolution and linear layer, in the order of `model.named_modules()`."""
     inputs: Inputs
     """What the model was called with."""
-    tracer: Seen
-    """Whether the recorded forward ran on meta tensors (no memory, no computation) or had to be real; or the other
-    tracer that was asked for."""
+    tracer: str
+    """How the graph was made: by a forward recorded on `meta` tensors (no memory, no computation) or, where that did
+    not do, on `real` ones; or the name of another tracer (see `fdsurgery.discovery.trace`)."""
     input_shapes: Mapping[str, tuple[tuple[int, ...], ...]]
     """Shape of the input of each call of each convolution and linear layer, by name; `()` where it is not known."""
     batch: int
@@ -59,26 +57,21 @@ class Observation:
         return {name: len(shapes) for name, shapes in self.input_shapes.items()}
 
 
-def sites(
-    model: nn.Module, example_inputs: Any = None, tracer: Literal["record"] | TracedBy = "record"
-) -> tuple[Site, ...]:
+def sites(model: nn.Module, example_inputs: Any = None) -> tuple[Site, ...]:
     """All convolutions and linear layers of a model, with what one forward shows about each.
 
     Args:
         model: any module; it is not changed in any way.
         example_inputs: what to call the model with. A tensor is its only argument, a tuple or list holds positional
             arguments, a mapping keyword arguments. Guessed if None (see `example_inputs`).
-        tracer: what reads the data flow. `record` writes down one forward of any Python code. `fx` (symbolic tracing),
-            `timm` (its feature extraction) and `export` (`torch.export`) are there for comparison; they refuse models.
 
     Returns:
         One site for each module object, in the order of `model.named_modules()`.
 
     Raises:
-        DiscoveryError: the model's forward ran with no inputs that could be guessed, or not with those given; or the
-            tracer refused the model.
+        DiscoveryError: the model's forward ran with no inputs that could be guessed, or not with those given.
     """
-    return observe(model, example_inputs, tracer).sites
+    return observe(model, example_inputs).sites
 
 
 def example_inputs(model: nn.Module) -> Inputs:
@@ -93,57 +86,46 @@ def example_inputs(model: nn.Module) -> Inputs:
     return observe(model).inputs
 
 
-def observe(
-    model: nn.Module, example_inputs: Any = None, tracer: Literal["record"] | TracedBy = "record"
-) -> Observation:
+def observe(model: nn.Module, example_inputs: Any = None) -> Observation:
     """Run one forward of a copy of the model in eval mode, on meta tensors if it can be, and tell what was seen.
 
     Args:
         model: any module; it is not changed in any way, and neither are the states of random generators.
         example_inputs: as for `sites`.
-        tracer: as for `sites`; inputs are found by a recorded forward in any case.
 
     Returns:
         The data flow as a graph, and the sites with their roles in it.
 
     Raises:
         DiscoveryError: the model's forward ran with no inputs that could be guessed, or not with those given; or it has
-            lazy layers, which are nothing yet; or the tracer refused the model.
+            lazy layers, which are nothing yet.
     """
     for name, weight in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(weight):
             raise DiscoveryError(f"{name!r} has no shape yet (a lazy layer); call the model once on real inputs first")
-    layers = _layers(model)
-    seen: Seen
     hooks = False
     try:
-        graph, inputs, seen, note = _first_that_runs(model, example_inputs)
+        graph, inputs, tracer, note = _first_that_runs(model, example_inputs)
     except DiscoveryError:
         if not has_hooks(model):
             raise
         # Some models collect their features by hooks, and do not run without them.
         hooks = True
-        graph, inputs, seen, note = _first_that_runs(model, example_inputs, hooks)
-    if tracer != "record":
-        graph, seen = _traced(model, inputs, tracer, layers), tracer
+        graph, inputs, tracer, note = _first_that_runs(model, example_inputs, hooks)
+    return shown_by(graph, model, inputs, tracer, note, hooks)
+
+
+def shown_by(
+    graph: fx.Graph, model: nn.Module, inputs: Inputs, tracer: str, note: str = "", hooks: bool = False
+) -> Observation:
+    """What the graph of a forward shows of the model; for the arguments see `Observation`."""
+    layers = layers_of(model)
     flow = Flow(graph, layers)
     found = _sites(model, flow, inputs)
     cautions = probe(model, flow, inputs, found, hooks)
     found = tuple(replace(site, caution=cautions.get(site.name, site.caution)) for site in found)
     shapes = {name: tuple(shape_of(layer_input(call)) or () for call in flow.calls.get(name, ())) for name in layers}
-    return Observation(graph, found, inputs, seen, shapes, flow.batch, note, hooks, _left_out(model))
-
-
-def _traced(model: nn.Module, inputs: Inputs, tracer: TracedBy, layers: dict[str, nn.Module]) -> fx.Graph:
-    if tracer not in TRACERS:
-        raise DiscoveryError(f"there is no tracer {tracer!r}; there are record, {', '.join(TRACERS)}")
-    try:
-        return trace(model, inputs, tracer, layers)
-    except Exception as error:
-        raise DiscoveryError(
-            f"{type(model).__name__} could not be traced by {tracer}: {_one_line(error)}. A recorded forward "
-            'takes more models: tracer="record"'
-        ) from error
+    return Observation(graph, found, inputs, tracer, shapes, flow.batch, note, hooks, _left_out(model))
 
 
 def _first_that_runs(
@@ -160,7 +142,7 @@ def _first_that_runs(
         try:
             return record(model, inputs, meta=tracer == "meta", hooks=hooks)
         except Exception as error:
-            failures.append(_Failure(inputs, tracer, _one_line(error)))
+            failures.append(_Failure(inputs, tracer, one_line(error)))
             return None
 
     # Meta forwards are cheap, so all guesses get one. A real one is for those that meta tensors could not serve, which
@@ -219,12 +201,12 @@ def _what_failed(model: nn.Module, failures: list[_Failure], *, guessed: bool) -
     )
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
-def _layers(model: nn.Module) -> dict[str, nn.Module]:
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     """Convolutions and linear layers by first name. What is inside one of them is a part of it."""
     layers: dict[str, nn.Module] = {}
     inside: set[int] = set()

@@ -1,4 +1,4 @@
-"""Other doors into discovery: the graphs of other tracers, brought into the form that the recorder writes.
+"""The graphs of other tracers, brought into the form that the recorder writes, to compare what they see.
 
 Whatever has traced the model, its graph is run once under the recorder. That gives every node a shape, opens the
 modules that the tracer left closed, and leaves one form of graph for the matcher to read. What `torch.export` writes
@@ -16,7 +16,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import fx, nn
 
+from ..errors import DiscoveryError
 from .inputs import Inputs
+from .observe import Observation, layers_of, observe, one_line, shown_by
 from .ops import op_name
 from .record import record
 from .shadow import same_random_numbers, twin_of
@@ -25,6 +27,25 @@ TracedBy = Literal["fx", "timm", "export"]
 """`fx` is `torch.fx.symbolic_trace`, `timm` the tracer of timm's feature extraction, `export` is `torch.export`."""
 
 TRACERS: tuple[TracedBy, ...] = get_args(TracedBy)
+
+
+def observe_by(tracer: TracedBy, model: nn.Module, example_inputs: Any = None) -> Observation:
+    """What the graph of another tracer shows; as `observe`, which also finds the inputs.
+
+    Raises:
+        DiscoveryError: also if the tracer refuses the model, or there is none of that name.
+    """
+    if tracer not in TRACERS:
+        raise DiscoveryError(f"there is no tracer {tracer!r}; there are {', '.join(TRACERS)}")
+    inputs = observe(model, example_inputs).inputs
+    try:
+        graph = trace(model, inputs, tracer, layers_of(model))
+    except Exception as error:
+        raise DiscoveryError(
+            f"{type(model).__name__} could not be traced by {tracer}: {one_line(error)}. A recorded forward takes more "
+            "models: call observe"
+        ) from error
+    return shown_by(graph, model, inputs, tracer)
 
 
 def trace(model: nn.Module, inputs: Inputs, tracer: TracedBy, layers: Mapping[str, nn.Module]) -> fx.Graph:

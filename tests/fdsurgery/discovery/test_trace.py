@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import fdsurgery
 from fdsurgery import DiscoveryError
 from fdsurgery.discovery import example_inputs, observe
-from fdsurgery.discovery.trace import TRACERS
+from fdsurgery.discovery.trace import TRACERS, observe_by
 
 REFUSES = {("hf", "fx"), ("hf", "timm")}
 """Libraries whose models a tracer does not take: their forwards branch on values and pass keywords on."""
@@ -31,12 +31,12 @@ def takes_traced_flags() -> bool:
 def test_every_tracer_shows_the_same_sites(name: str, tracer: str) -> None:
     model = CASES[name].build().eval()
     if (name.split()[0], tracer) in REFUSES:
-        with pytest.raises(DiscoveryError, match=rf"could not be traced by {tracer}: .*tracer=\"record\""):
-            fdsurgery.sites(model, tracer=tracer)
+        with pytest.raises(DiscoveryError, match=rf"could not be traced by {tracer}: .*takes more models"):
+            observe_by(tracer, model)
         return
     if (name, tracer) == ("timm vit", "timm") and not takes_traced_flags():
         pytest.skip("this torch's attention takes no traced flag")
-    seen = observe(model, tracer=tracer)
+    seen = observe_by(tracer, model)
     assert seen.tracer == tracer
     assert len(seen.sites) > 8 and len({site.role for site in seen.sites}) > 3
     assert seen.sites == observe(model).sites
@@ -59,21 +59,28 @@ class Odd(nn.Module):
 
 @pytest.mark.parametrize("tracer", ["record", "fx", "export"])
 def test_functions_with_the_weights_of_a_layer_are_no_calls_of_it(tracer: str) -> None:
-    sites = {site.name: site for site in fdsurgery.sites(Odd(), torch.randn(2, 3, 8, 8), tracer=tracer)}
+    model, x = Odd(), torch.randn(2, 3, 8, 8)
+    seen = observe(model, x) if tracer == "record" else observe_by(tracer, model, x)  # type: ignore[arg-type]
+    sites = {site.name: site for site in seen.sites}
     assert [site.calls for site in sites.values()] == [1, 0, 1]
     assert "read past the layer" in str(sites["functional"].obstacle)
     assert "read past the layer" in str(sites["read"].obstacle)
 
 
 def test_an_unknown_tracer_is_told_what_there_is() -> None:
-    with pytest.raises(DiscoveryError, match=r"no tracer 'fxx'; there are record, fx, timm, export"):
-        fdsurgery.sites(nn.Conv2d(3, 3, 3), tracer="fxx")  # type: ignore[arg-type]
+    with pytest.raises(DiscoveryError, match=r"no tracer 'fxx'; there are fx, timm, export"):
+        observe_by("fxx", nn.Conv2d(3, 3, 3))  # type: ignore[arg-type]
 
 
-def test_the_plan_says_which_tracer_was_used() -> None:
+def test_plans_of_version_0_1_may_name_another_tracer() -> None:
+    """And are carried out as they were made; what is in the way now is looked up in a recorded forward."""
     model = CASES["timm resnet18"].build()
-    assert fdsurgery.plan(model, tracer="export").tracer == "export"
-    assert fdsurgery.plan(model, tracer="export").decisions == fdsurgery.plan(model).decisions
+    plan = fdsurgery.plan(model)
+    assert plan.tracer == "meta" and observe_by("export", model).sites == plan.sites
+    earlier = fdsurgery.Plan.from_dict({**plan.to_dict(), "tracer": "export"})
+    assert earlier.tracer == "export" and earlier.decisions == plan.decisions
+    fdsurgery.apply(earlier, model)
+    assert len(fdsurgery.dynamic_layers(model)) == len(plan.swaps)
 
 
 @pytest.mark.parametrize("name", ["hf vit", "timm convnext (linear FFN)"])
