@@ -6,7 +6,7 @@ from typing import Any
 from fdconv import NeutralWeightWarning, WeightReadError, strict_weight_reads
 
 from . import inspect, testing
-from .converted import dynamic_layers
+from .converted import ParameterCount, count_parameters, dynamic_layers, print_trainable_parameters
 from .discovery import Site, sites
 from .errors import (
     CheckpointError,
@@ -52,6 +52,7 @@ __all__ = [
     "ModelSource",
     "NeutralWeightWarning",
     "Operator",
+    "ParameterCount",
     "Plan",
     "PlanError",
     "Recipe",
@@ -65,6 +66,7 @@ __all__ = [
     "apply",
     "compile_for_inference",
     "convert",
+    "count_parameters",
     "dynamic_layers",
     "freeze",
     "from_pretrained",
@@ -75,6 +77,7 @@ __all__ = [
     "optimizer_after_surgery",
     "param_groups",
     "plan",
+    "print_trainable_parameters",
     "register_operator",
     "restore",
     "save",

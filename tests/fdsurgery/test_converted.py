@@ -66,10 +66,39 @@ def test_dynamic_layers_are_seen_through_wrappers(tmp_path: Path) -> None:
     assert fdsurgery.dynamic_layers(model) == layers
 
 
+def test_parameters_are_counted_as_peft_counts_them(capsys: pytest.CaptureFixture[str]) -> None:
+    model = converted()
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    stored = sum(layer.dft_weight.numel() + 8 for layer in fdsurgery.dynamic_layers(model).values())
+    plain = sum(layer.weight.numel() + len(layer.bias) for layer in (model[0], model[3]))
+    modulation = everything - stored - plain
+    count = fdsurgery.count_parameters(model)
+    assert (count.all, count.trainable) == (everything, everything)
+    assert (count.modulation, count.trainable_modulation) == (modulation, modulation) and modulation > 0
+    fdsurgery.freeze(model, ["2.*", "3.*"])
+    count = fdsurgery.count_parameters(nn.DataParallel(model))
+    half = stored // 2 + modulation // 2  # the two blocks are alike
+    assert count.trainable == half + model[3].weight.numel() + 4
+    assert (count.all, count.modulation, count.trainable_modulation) == (everything, modulation, modulation // 2)
+    assert fdsurgery.print_trainable_parameters(model) is None  # type: ignore[func-returns-value]
+    assert capsys.readouterr().out == (
+        f"trainable params: {count.trainable:,} || all params: {everything:,} || "
+        f"trainable%: {100 * count.trainable / everything:.4f} || "
+        f"modulation params: {modulation:,}, of which {modulation // 2:,} trainable\n"
+    )
+
+
+def test_a_plain_model_and_an_empty_one_are_counted_too() -> None:
+    assert str(fdsurgery.count_parameters(nn.Linear(4, 4))).startswith("trainable params: 20 || all params: 20 || ")
+    assert "trainable%: 0.0000 || modulation params: 0, of which 0 trainable" in str(
+        fdsurgery.count_parameters(nn.ReLU())
+    )
+
+
 def test_looking_at_layers_needs_no_import_of_its_own() -> None:
     code = (
-        "import sys, fdsurgery; fdsurgery.inspect.band_maps, fdsurgery.inspect.kernel_response, fdsurgery.testing.settle_; "
-        "assert 'matplotlib' not in sys.modules"
+        "import sys, fdsurgery; fdsurgery.inspect.band_maps, fdsurgery.inspect.kernel_response; "
+        "fdsurgery.testing.settle_; assert 'matplotlib' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
