@@ -20,10 +20,7 @@ from .errors import (
 )
 from .finetune import freeze, param_groups
 from .inference import compile_for_inference
-from .integrations import ultralytics as _ultralytics
-from .integrations.peft import registration as _peft_registration
-from .integrations.timm import registration as _timm_registration
-from .integrations.transformers import registration as _registration
+from .integrations import ModelSource, watch_imports
 from .norms import fuse_norms
 from .operators import Operator, register_operator
 from .optimizers import optimizer_after_surgery
@@ -32,16 +29,12 @@ from .planning import plan
 from .recipe import Recipe, load_recipe, shipped_recipes
 from .saving.folder import load, save
 from .saving.pretrained import from_pretrained, save_pretrained
-from .saving.source import ModelSource
 from .surgery import apply, convert, restore
 from .verification import LayerVerification, Verification, verify
 
 __version__ = "0.1.0"
 
-_registration.register()
-_timm_registration.register()
-_peft_registration.register()
-_ultralytics.register()
+watch_imports()
 
 __all__ = [
     "CheckpointError",

@@ -6,7 +6,6 @@ unpickle, repositories to download, code to run. So nothing reaches a builder th
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
 import sys
@@ -29,38 +28,11 @@ _GREATEST = 2**53
 _GREATEST_SIZE = 2**24
 """No size or count of a model in timm or torchvision is above it."""
 
-_TIMM_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_-]+)?")
-_TIMM_FACTORY = {
-    *("num_classes", "in_chans", "img_size", "global_pool", "drop_rate", "drop_path_rate", "output_stride"),
-    *("features_only", "out_indices", "output_fmt", "feature_cls", "scriptable", "exportable", "no_jit"),
-    *("bn_tf", "bn_momentum", "bn_eps", "use_naflex"),
-}
-"""Arguments that timm's factory and its builders take before a constructor is called."""
-_TORCHVISION_BUILDERS = {"num_classes", "num_keypoints", "aux_loss", "trainable_backbone_layers", "frozen_norms"}
 _NEVER = re.compile(
     r"self|args|kwargs|device|dtype|model|module|backbone|weights?|weights_backbone|pretrained|pretrained_cfg.*|"
     r"pretrained_model_args|.*(checkpoint_path|cache_dir|state_dict|_file|_path|_url|_dir)|file|path|url"
 )
 """Arguments that say where weights are, or take what JSON does not have; never from a file, whoever accepts them."""
-
-_CONFIG_DROPPED = {
-    "auto_map": "it names code",
-    "trust_remote_code": "it allows code",
-    "custom_pipelines": "it names code",
-    "quantization_config": "the layers are described elsewhere",
-    "fusion_config": "it patches classes",
-    "use_kernels": "kernels are downloaded code",
-    "kernel_config": "kernels are downloaded code",
-    "_attn_implementation_internal": "it may name code",
-    "_experts_implementation_internal": "it may name code",
-    "experts_implementation": "it may name code",
-}
-"""Entries of a transformers config that no saved model needs, and why they are left out."""
-_ATTENTION = ("attn_implementation", "_attn_implementation")
-_HARMLESS_ATTENTION = ("eager", "sdpa")
-"""Of other names transformers may fetch a kernel."""
-_FETCHES_KERNELS = {"mra", "rwkv", "yoso", "sam3_video"}
-"""Model types whose constructors download compiled code."""
 
 
 def plain(value: Any, where: str, greatest: int = _GREATEST) -> Any:
@@ -73,63 +45,47 @@ def plain(value: Any, where: str, greatest: int = _GREATEST) -> Any:
     return value
 
 
-def timm_name(name: Any) -> str:
-    """The name, if it is one of timm's registry, with or without a tag: no repository, no folder."""
-    if not isinstance(name, str) or not _TIMM_NAME.fullmatch(name):
-        raise CheckpointError(
-            f"timm:{_shown(name)} is no name of timm's registry, such as 'resnet50' or 'resnet50.a1_in1k'; weights and "
-            "configs of elsewhere are not fetched for a file"
-        )
-    return name
-
-
-def timm_arguments(arguments: Any, name: str, owner: str = "timm") -> dict[str, Any]:
-    """The arguments, if timm's constructors take them and they name no file.
+def arguments_from(arguments: Any, known: Iterable[str], library: str) -> dict[str, Any]:
+    """The arguments of a builder, if a file may give them.
 
     Args:
-        arguments: of `timm.create_model`.
-        name: of the model, whose own module is asked too.
-        owner: what messages begin with.
+        arguments: keyword arguments, as the file has them.
+        known: names that the library is known to take.
+        library: what messages begin with.
 
     Raises:
-        CheckpointError: one of them is not allowed.
+        CheckpointError: one of them is not known, names a file or code, or is not plain data of a sensible size.
     """
-    timm = importlib.import_module("timm")
-    architecture = name.partition(".")[0]
-    own = timm.model_entrypoint(architecture).__module__ if timm.is_model(architecture) else "timm.models"
-    return _allowed(arguments, _TIMM_FACTORY | _constructor_arguments("timm.models", own), owner)
+    if not isinstance(arguments, dict):
+        raise CheckpointError(f"{library} arguments are a mapping, not {shown(arguments)}")
+    for name, value in arguments.items():
+        where = f"{library} argument {shown(name)}"
+        if not isinstance(name, str) or _NEVER.fullmatch(name):
+            raise CheckpointError(
+                f"{where} is never taken from a file: it could make the library read or fetch another"
+            )
+        if name not in known:
+            raise CheckpointError(f"{where} is none that a saved model may give{near_misses(name, known)}")
+        plain(value, where, _GREATEST_SIZE)
+    return arguments
 
 
-def torchvision_arguments(arguments: Any) -> dict[str, Any]:
-    """As `timm_arguments`, for torchvision's builders."""
-    known = _TORCHVISION_BUILDERS | _constructor_arguments("torchvision.models")
-    return _allowed(arguments, known, "torchvision")
+@lru_cache
+def constructor_arguments(*packages: str) -> frozenset[str]:
+    """The parameters of the constructors of all models in packages that are imported, but for those never allowed."""
+    found: set[str] = set()
+    for name, module in list(sys.modules.items()):
+        if any(name == package or name.startswith(f"{package}.") for package in packages):
+            for member in list(vars(module).values()):
+                if inspect.isclass(member) and issubclass(member, nn.Module) and member.__module__ == name:
+                    found |= set(inspect.signature(member.__init__).parameters)
+    return frozenset(name for name in found if not _NEVER.fullmatch(name))
 
 
-def transformers_config(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """A config without what could make transformers fetch or run something; sub-configs likewise.
-
-    Args:
-        config: as `config.to_dict()` gives it, or as it stands in a `config.json`.
-        where: what messages call it.
-
-    Raises:
-        CheckpointError: it is not plain data, or builds upon a part that must be fetched.
-    """
-    plain(config, where)
-    return _clean(config, where)
-
-
-def kernels_in(config: Any) -> str | None:
-    """The first entry of a config by which transformers would fetch compiled code to compute with."""
-    for entry in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
-        if (found := kernels_in(entry)) is not None:
-            return found
-    for name, value in config.items() if isinstance(config, dict) else ():
-        chosen = name in (*_ATTENTION, "experts_implementation") and value not in (None, *_HARMLESS_ATTENTION)
-        if chosen or (name in ("use_kernels", "kernel_config") and value):
-            return f"{name}: {_shown(value)}"
-    return None
+def shown(value: Any, *, quotes: bool = True) -> str:
+    """A value from a file, short enough for a message."""
+    text = repr(value) if quotes or not isinstance(value, str) else value
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 @contextmanager
@@ -183,68 +139,7 @@ def _check_plain(value: Any, where: str, greatest: int, level: int, left: list[i
     elif isinstance(value, dict):
         for key, entry in value.items():
             if not isinstance(key, (str, int)):
-                raise CheckpointError(f"{where}: keys are text, not {_shown(key)}")
-            _check_plain(entry, f"{where}.{_shown(key, quotes=False)}", greatest, level + 1, left)
+                raise CheckpointError(f"{where}: keys are text, not {shown(key)}")
+            _check_plain(entry, f"{where}.{shown(key, quotes=False)}", greatest, level + 1, left)
     elif not isinstance(value, float):
         raise CheckpointError(f"{where} is a {type(value).__name__}, which no file can hold; expected plain data")
-
-
-def _allowed(arguments: Any, known: Iterable[str], library: str) -> dict[str, Any]:
-    if not isinstance(arguments, dict):
-        raise CheckpointError(f"{library} arguments are a mapping, not {_shown(arguments)}")
-    for name, value in arguments.items():
-        where = f"{library} argument {_shown(name)}"
-        if not isinstance(name, str) or _NEVER.fullmatch(name):
-            raise CheckpointError(
-                f"{where} is never taken from a file: it could make the library read or fetch another"
-            )
-        if name not in known:
-            raise CheckpointError(f"{where} is none that a saved model may give{near_misses(name, known)}")
-        plain(value, where, _GREATEST_SIZE)
-    return arguments
-
-
-@lru_cache
-def _constructor_arguments(*packages: str) -> frozenset[str]:
-    """The parameters of the constructors of all models in packages that are imported."""
-    found: set[str] = set()
-    for name, module in list(sys.modules.items()):
-        if any(name == package or name.startswith(f"{package}.") for package in packages):
-            for member in list(vars(module).values()):
-                if inspect.isclass(member) and issubclass(member, nn.Module) and member.__module__ == name:
-                    found |= set(inspect.signature(member.__init__).parameters)
-    return frozenset(name for name in found if not _NEVER.fullmatch(name))
-
-
-def _clean(value: Any, where: str) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_clean(entry, f"{where}[{index}]") for index, entry in enumerate(value)]
-    if not isinstance(value, dict):
-        return value
-    kind = value.get("model_type")
-    if kind in _FETCHES_KERNELS:
-        raise CheckpointError(f"{where}: models of type {kind!r} download code when they are built")
-    cleaned = {}
-    for key, entry in value.items():
-        here = f"{where}.{_shown(key, quotes=False)}"
-        if key in _CONFIG_DROPPED or (key in _ATTENTION and entry not in _HARMLESS_ATTENTION):
-            continue
-        if key == "use_pretrained_backbone":
-            entry = False
-        elif key == "backbone" and isinstance(entry, str):
-            if kind != "timm_backbone":
-                raise CheckpointError(f"{here}: {_shown(entry)} would have to be fetched; give a backbone_config")
-            timm_name(entry)
-        elif key == "backbone_kwargs" and entry:
-            raise CheckpointError(f"{here}: for a backbone that would have to be fetched; give a backbone_config")
-        elif kind == "timm_wrapper" and key == "architecture":
-            timm_name(entry)
-        elif key == "model_args":
-            entry = timm_arguments(entry or {}, str(value.get("architecture")), f"{here}: timm")
-        cleaned[key] = _clean(entry, here)
-    return cleaned
-
-
-def _shown(value: Any, *, quotes: bool = True) -> str:
-    text = repr(value) if quotes or not isinstance(value, str) else value
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 import typer.core
@@ -16,10 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import SurgeryError, near_misses
+from .integrations import match_keys
 from .report import kind_of, shape_of
-
-if TYPE_CHECKING:
-    from .saving.source import ModelSource
+from .saving.source import build, forms, library_of_source
 
 
 def _console(**options: Any) -> Console:
@@ -56,7 +55,7 @@ Spec = Annotated[
     str,
     typer.Argument(
         metavar="SPEC",
-        help="timm:NAME, hf:REPO_OR_FOLDER, transformers:CLASS, torchvision:NAME or FILE.py:FUNCTION",
+        help=forms(),
     ),
 ]
 RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="auto, a shipped recipe's name, or a YAML file")]
@@ -78,7 +77,6 @@ def plan(
 ) -> None:
     """Show what a conversion would do to a model, site by site. Nothing is written."""
     from .planning import plan as make_plan
-    from .saving.source import build
 
     settings = _settings(set_)
     with _working(f"building {spec}", quiet=as_json):
@@ -106,7 +104,6 @@ def convert(
     from .discovery import example_inputs
     from .planning import plan as make_plan
     from .saving.folder import save
-    from .saving.source import build
     from .surgery import apply
     from .verification import verify
 
@@ -140,7 +137,8 @@ def convert(
         print(json.dumps(report, indent=1))
     else:
         _say(str(checked))
-        _say(f"saved to {output}; load it with {_load_line(output, source)}")
+        load_line = library_of_source(source).load_line(str(output), source)
+        _say(f"saved to {output}; load it with {load_line}")
 
 
 @checkpoint_app.callback()
@@ -202,13 +200,11 @@ def list_recipes(as_json: JsonOption = False) -> None:
         print(json.dumps({name: recipe.description for name, recipe in loaded.items()}, indent=1))
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("recipe", "description", "timm", "transformers", "torchvision"):
+    libraries = match_keys()
+    for column in ("recipe", "description", *libraries):
         table.add_column(column, overflow="fold")
     for name, recipe in loaded.items():
-        match = recipe.match
-        table.add_row(
-            name, recipe.description, " ".join(match.timm), " ".join(match.transformers), " ".join(match.torchvision)
-        )
+        table.add_row(name, recipe.description, *(" ".join(recipe.match[library]) for library in libraries))
     out.print(table)
 
 
@@ -235,7 +231,6 @@ def check_recipe(
     from .planning import why_nothing
     from .recipe import load_recipe
     from .recipe.authoring import rule_matches
-    from .saving.source import build
 
     recipe = load_recipe(_recipe(file))
     rules = f"{len(recipe.keep)} keep and {len(recipe.swap)} swap rules, inherited ones included"
@@ -269,7 +264,6 @@ def new_recipe(
     """Write a first recipe for a model, from what one look at it shows."""
     from .discovery import sites
     from .recipe.authoring import draft
-    from .saving.source import build
 
     if output is not None and output.exists():
         raise SurgeryError(f"{output} exists; give a new file")
@@ -296,7 +290,6 @@ def explain_site(
     from .planning import plan as make_plan
     from .recipe import detect_recipe, load_recipe
     from .recipe.authoring import explain
-    from .saving.source import build
 
     with _working(f"looking at {spec}", quiet=False):
         model, _ = build(spec, pretrained=False)
@@ -368,14 +361,6 @@ def _recipe(text: str) -> str | Path:
 def _say(text: str) -> None:
     """Print a sentence without line breaks but its own."""
     out.print(text, highlight=False, soft_wrap=True)
-
-
-def _load_line(folder: Path, source: ModelSource) -> str:
-    """What loads a saved model: code that built it is not run by `load`, and so is called here."""
-    if source.library != "file":
-        return f"fdsurgery.load({str(folder)!r})"
-    file, _, function = source.name.rpartition(":")
-    return f"fdsurgery.load({str(folder)!r}, model={function}()), {function} being that of {file}"
 
 
 def _working(what: str, *, quiet: bool) -> Any:

@@ -52,3 +52,9 @@ def near_misses(word: str, known: Iterable[str], most: int = 3) -> str:
     if not close:
         return ""
     return "; did you mean " + ", ".join(repr(entry) for entry in close) + "?"
+
+
+def no_such_key(key: str, known: Iterable[str]) -> str:
+    """What to say of a key that is none of `known`."""
+    names = list(known)
+    return f"no such key; known: {', '.join(names)}{near_misses(key, names)}"

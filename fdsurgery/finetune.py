@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .errors import FineTuningError, UnsupportedModelError, near_misses
-from .integrations.ultralytics import network_of
+from .integrations import network_of
 from .operators import operators
 from .parameters import Entry, entries_of, undecayed_of
 from .recipe import FineTune

@@ -14,7 +14,7 @@ from .discovery.effective import same_padding
 from .discovery.observe import Observation, observe
 from .discovery.site import Site
 from .errors import RecipeError, near_misses
-from .integrations.ultralytics import network_of
+from .integrations import network_of
 from .operators import Wanted, build_layers, get_operator
 from .plan import Decision, Plan, resolved
 from .recipe import Recipe, check_rules_matched, detect_recipe, load_recipe, matches_any

@@ -15,7 +15,7 @@ from .discovery.record import record
 from .discovery.shadow import twin_of
 from .errors import PlanError, RewriteError, UnsupportedModelError, near_misses
 from .finetune import forget, remember
-from .integrations.ultralytics import network_of
+from .integrations import network_of
 from .operators import BuildError, Wanted, build_layers, operator_of
 from .optimizers import repairs_of
 from .plan import Decision, Plan

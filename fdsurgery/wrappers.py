@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .errors import CheckpointError
+from .integrations import refusal_of
 
 
 def inner_of(model: nn.Module) -> nn.Module:
@@ -72,13 +73,9 @@ def _inside(model: nn.Module) -> nn.Module | None:
 def _refuse(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise CheckpointError("the model is a TorchScript module; save the Python model that it was made from")
-    for fqn, module in model.named_modules():
-        if type(module).__module__.startswith("peft."):
-            where = f"{fqn!r}" if fqn else "the model"
-            raise CheckpointError(
-                f"{where} carries a PEFT adapter ({type(module).__name__}); save the adapter by its own "
-                "save_pretrained, and the model after unload(), or merge_and_unload() where the adapter can be merged"
-            )
+    if (refusal := refusal_of(model, "save")) is not None:
+        raise CheckpointError(refusal)
+    for module in model.modules():
         if any(base.__name__ in ("FullyShardedDataParallel", "FSDPModule") for base in type(module).__mro__):
             raise CheckpointError(
                 "the model is sharded by FSDP; gather its weights (torch.distributed.checkpoint.state_dict.get_model_"

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, near_misses
+from ..integrations.base import ModelSource
 from ..operators import BuildError, Operator, Wanted, build_layers, get_operator, operators
 from ..recipe import Recipe
 from ..saving.folder import METADATA
-from ..saving.source import ModelSource, build
+from ..saving.source import build, library_of_source
 from .described import described_layers
 from .files import DTYPES, Checkpoint, Stored
 from .naming import Foreign, Naming, Recognised, namings, recognise
@@ -179,11 +180,8 @@ def _recognise(checkpoint: Checkpoint, known: tuple[Naming, ...], spec: str) -> 
 
 
 def _classes(checkpoint: Checkpoint, model: nn.Module, source: ModelSource, found: Recognised) -> int | None:
-    """The number of classes a timm model must have for the checkpoint; None where it has it already."""
-    if source.library != "timm" or not hasattr(model, "reset_classifier"):
-        return None
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
-    for name in (names,) if isinstance(names, str) else names:
+    """The number of classes a model must be reset to for the checkpoint; None where it has it already."""
+    for name in library_of_source(source).classifiers(model):
         foreign = found.naming.table.get(f"{name}.weight")
         weight = model.state_dict().get(f"{name}.weight")
         if weight is None or _operator_at(name, checkpoint) is not None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..integrations import library_of
 from ..operators import operators
 
 
@@ -75,7 +76,8 @@ def namings(model: nn.Module, names: Collection[str]) -> tuple[Naming, ...]:
         model: asked for its library only; may be on meta.
         names: those of its state dict, before any layer is swapped.
     """
-    saved = _saved_names(model, names)
+    library = library_of(model)
+    saved = {name: name for name in names} if library is None else library.saved_names(model, names)
     found = []
     for family in _FAMILIES:
         body = {name: foreign for name in names if (foreign := family.foreign(saved[name])) is not None}
@@ -86,8 +88,8 @@ def namings(model: nn.Module, names: Collection[str]) -> tuple[Naming, ...]:
         full = {name: _under("backbone.", foreign) for name, foreign in body.items()}
         full |= {name: foreign for name in names if (foreign := family.foreign_head(saved[name])) is not None}
         found.append(Naming(family.label, full, official=True, root="backbone."))
-    if any(name != other for name, other in saved.items()):
-        found.append(Naming("transformers' saved names", {name: Foreign(saved[name]) for name in names}))
+    if library is not None and any(name != other for name, other in saved.items()):
+        found.append(Naming(f"saved names of {library.name}", {name: Foreign(saved[name]) for name in names}))
     found.append(Naming("the model's own names", {name: Foreign(name) for name in names}))
     return tuple(found)
 
@@ -130,21 +132,6 @@ def _prefixes(wanted: list[str], present: Collection[str]) -> list[str]:
 
 def _under(root: str, foreign: Foreign) -> Foreign:
     return Foreign(root + foreign.name, foreign.part, foreign.parts, foreign.tail)
-
-
-def _saved_names(model: nn.Module, names: Collection[str]) -> dict[str, str]:
-    """What a transformers model calls its tensors on disk, which in 40 families is not what it calls them itself."""
-    same = {name: name for name in names}
-    if type(model).__module__.partition(".")[0] != "transformers":
-        return same
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-
-        state = model.state_dict(keep_vars=True)
-        renamed = {id(tensor): name for name, tensor in revert_weight_conversion(model, dict(state)).items()}
-        return {name: renamed.get(id(state[name]), name) for name in names}
-    except (ImportError, AttributeError, TypeError):  # it is not public, and releases may move it
-        return same
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, DiscoveryError, SurgeryError, near_misses
+from ..integrations import LIBRARIES, SourceError
 from ..operators import BuildError, Wanted, build_layers, get_operator
 from ..plan import Plan
 from ..planning import plan
 from ..recipe import Recipe, load_recipe, matches_any
 from ..saving.folder import DESCRIPTION, FORMAT
-from ..saving.source import SourceError
 from .files import DTYPES, Checkpoint, open_checkpoint
 from .matching import FORMS, Asked, Fit, Form, Layer, MisfitError, Problem, fit_model, form_of
 from .steps import FILE_SUFFIXES, OutputFile, files_of, official_form, official_layer, official_steps, own_steps
@@ -180,21 +181,24 @@ def _with_model(asked: Asked, spec: str) -> CheckpointPlan:
 
 
 def _with_search(asked: Asked, recipe: Recipe) -> CheckpointPlan:
-    """The plan with the first timm model that a recipe is for and the checkpoint fits."""
+    """The plan with the first model that a recipe is for and the checkpoint fits."""
     try:
-        import timm
-    except ImportError:
-        raise CheckpointError("timm is not installed, so give --model SPEC to say what model this is of") from None
-    names = [name for name in timm.list_models() if matches_any(recipe.match.timm, name)]
-    for name in sorted(names, key=lambda name: (len(name), name)):
+        specs = [
+            spec
+            for name, globs in recipe.match.root.items()
+            for spec in LIBRARIES[name].specs_of(partial(matches_any, globs))
+        ]
+    except SourceError as error:
+        raise CheckpointError(f"{error}; or give --model SPEC to say what model this is of") from None
+    for spec in specs:
         try:
-            fit = fit_model(asked, f"timm:{name}", meta=True)
+            fit = fit_model(asked, spec, meta=True)
         except SurgeryError:
             continue
         if not fit.problems:
             # Other models may have the very same tensors and compute something else, so the result does not name this.
             return _complete(fit, described=False)
-    which = f"none of the {len(names)} timm models" if names else "no timm model, for there is none"
+    which = f"none of the {len(specs)} models" if specs else "no model by name, for there is none"
     raise CheckpointError(
         f"{asked.checkpoint.path} fits {which} that recipe {recipe.name} is for; give --model SPEC to see what "
         "does not fit"

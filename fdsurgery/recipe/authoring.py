@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..discovery.site import Site
-from .library import recipe_family
+from ..integrations import family_of
 from .rules import KeepRule, Recipe, SwapRule
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def draft(model: nn.Module, sites: Sequence[Site]) -> str:
     roles: dict[str, list[Site]] = {}
     for site in sites:
         roles.setdefault("ffn" if site.in_ffn else site.role, []).append(site)
-    library, name = recipe_family(model)
+    library, name = family_of(model)
     lines = [MODELINE, f"description: A first draft for {name or type(model).__name__}."]
     if library:
         lines += ["", "match:", f'  {library}: ["{name}"]']

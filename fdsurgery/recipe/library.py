@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.resources
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..errors import RecipeError, near_misses
+from ..integrations import family_of
 from .conditions import matches_any
 from .rules import Delegate, Recipe
 from .schema import RecipeFile, read_file
@@ -73,12 +73,12 @@ def parse_recipe(text: str, label: str = "recipe.yaml") -> Recipe:
 
 def detect_recipe(model: nn.Module) -> tuple[str, str]:
     """The shipped recipe for a model, and how the model was recognised, in words. `generic` if none is for it."""
-    library, name = recipe_family(model)
+    library, name = family_of(model)
     if not library:
         return FALLBACK, f"{type(model).__name__} is of no library that recipes know"
     for recipe, file in shipped_recipes().items():
         match = _parse(_Origin(file, file.name))[1].match
-        if matches_any(getattr(match, library), name):
+        if matches_any(match[library], name):
             return recipe, f"recognised as {library} {name}"
     return FALLBACK, f"no recipe is for {library} {name}"
 
@@ -190,23 +190,3 @@ def _located(part: Delegate, folder: Path | None) -> Delegate:
     except RecipeError as error:
         raise RecipeError(f"{part.place}: {error}") from None
     return part if part.recipe in shipped_recipes() else replace(part, recipe=origin.label)
-
-
-def recipe_family(model: nn.Module) -> tuple[str, str]:
-    """The library that a model comes from and what it is called there; empty for others."""
-    config = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", None)
-    if isinstance(model_type, str) and model_type:
-        architecture = getattr(config, "architecture", None)
-        if model_type == "timm_wrapper" and isinstance(architecture, str):
-            return "timm", architecture
-        return "transformers", model_type
-    for name in ("pretrained_cfg", "default_cfg"):
-        settings = getattr(model, name, None)
-        architecture = settings.get("architecture") if isinstance(settings, Mapping) else None
-        if isinstance(architecture, str):
-            return "timm", architecture
-    for part in type(model).__mro__:
-        if part.__module__.startswith("torchvision.models."):
-            return "torchvision", part.__name__
-    return "", ""

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, RootModel, TypeAdapter, ValidationError
 
 from ..discovery.site import Site
-from ..errors import RecipeError
+from ..errors import RecipeError, no_such_key
+from ..integrations import match_keys
 from .conditions import Patterns, Where
 
 R = TypeVar("R", bound="Rule")
@@ -102,15 +103,38 @@ class SwapRule(Rule, Entry):
         return self.where.describe()
 
 
-class Match(Entry):
-    """How models of the family are recognised."""
+def _library(name: Any) -> Any:
+    if name not in match_keys():
+        raise ValueError(no_such_key(str(name), match_keys()))
+    return name
 
-    timm: Patterns = ()
-    """Globs for timm architectures, e.g. `convnext*`."""
-    transformers: Patterns = ()
-    """Globs for `config.model_type`, e.g. `convnextv2`."""
-    torchvision: Patterns = ()
-    """Globs for model classes, e.g. `ConvNeXt`."""
+
+class Match(RootModel[dict[Annotated[str, BeforeValidator(_library)], Patterns]]):
+    """How models of the family are recognised.
+
+    Globs for what a library calls the family, by the library's name: `match["timm"]`, or `match.timm`.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    root: dict[Annotated[str, BeforeValidator(_library)], Patterns] = Field(default_factory=dict)
+
+    def __getitem__(self, library: str) -> tuple[str, ...]:
+        return self.root.get(library, ())
+
+    def __getattr__(self, library: str) -> tuple[str, ...]:
+        if library not in match_keys():
+            raise AttributeError(f"recipes are matched by {', '.join(match_keys())}, not by {library!r}")
+        return self[library]
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> dict[str, Any]:
+        patterns = TypeAdapter(Patterns).json_schema()
+        return {
+            "additionalProperties": False,
+            "description": "How models of the family are recognised.",
+            "properties": {name: {**patterns, "description": f"Globs for {of}."} for name, of in match_keys().items()},
+            "type": "object",
+        }
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, WithJsonSchema
 
-from ..errors import RecipeError, near_misses
+from ..errors import RecipeError, no_such_key
 from ..operators import get_operator, operators
 from .conditions import Where
 from .rules import Delegate, Entry, Figures, FineTune, KeepRule, Match, Place, SwapRule
@@ -136,7 +136,7 @@ def _fault(fault: Any, source: YamlSource) -> tuple[tuple[int, int], RecipeError
         message = GONE[path]
     elif kind == "extra_forbidden":
         known = _keys_at(path[:-1])
-        message = f"no such key; known: {', '.join(known)}{near_misses(str(path[-1]), known)}"
+        message = no_such_key(str(path[-1]), known)
     elif kind == "missing":
         message = f"{path[-1]!r} is missing" + (": say why these sites are kept" if path[-1] == "because" else "")
         path = path[:-1]
@@ -151,7 +151,7 @@ def _fault(fault: Any, source: YamlSource) -> tuple[tuple[int, int], RecipeError
 
 
 def _keys_at(path: KeyPath) -> list[str]:
-    models: dict[KeyPath, type[BaseModel]] = {(): RecipeFile, ("match",): Match, ("keep",): KeepRule}
+    models: dict[KeyPath, type[BaseModel]] = {(): RecipeFile, ("keep",): KeepRule}
     models |= {("swap",): SwapRule, ("swap", "where"): Where}
     models |= {("finetune",): FineTune, ("figures",): Figures}
     model = models[tuple(step for step in path if isinstance(step, str))]

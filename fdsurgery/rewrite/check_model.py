@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import UnsupportedModelError
+from ..integrations import refusal_of
 
 _QUANTISED_MODULES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "bitsandbytes.", "auto_gptq.", "awq.")
 _PREPARED_MODULES = (
@@ -23,7 +24,7 @@ def refuse_unsupported(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         remedy = "; pass its module()" if isinstance(model, torch.export.ExportedProgram) else ""
         raise UnsupportedModelError(f"expected a torch.nn.Module, not {type(model).__name__}{remedy}")
-    for refusal in (_wrapped(model), _uninitialised(model), _quantised(model), _adapted(model)):
+    for refusal in (_wrapped(model), _uninitialised(model), _quantised(model), refusal_of(model, "convert")):
         if refusal is not None:
             raise UnsupportedModelError(refusal)
 
@@ -65,16 +66,5 @@ def _quantised(model: nn.Module) -> str | None:
             return (
                 f"the model was prepared for quantisation ({fqn!r} is a {type(module).__name__}), which a swap would "
                 "lose; convert the model as it was before, then prepare and quantise it"
-            )
-    return None
-
-
-def _adapted(model: nn.Module) -> str | None:
-    for fqn, module in model.named_modules():
-        if type(module).__module__.startswith("peft."):
-            where = f"{fqn!r}" if fqn else "the model"
-            return (
-                f"{where} carries a PEFT adapter ({type(module).__name__}); call merge_and_unload(), convert, "
-                "and add adapters afterwards"
             )
     return None

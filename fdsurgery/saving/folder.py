@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..allowed import no_larger_than
 from ..errors import CheckpointError, SurgeryError, near_misses
 from ..finetune import remember, remembered
+from ..integrations.base import ModelSource, SourceError
 from ..likeness import first_difference
 from ..operators import BuildError, Wanted, build_layers, get_operator, operator_of
 from ..plan import Plan
@@ -35,7 +36,7 @@ from ..surroundings import undisturbed
 from ..wrappers import unwrapped
 from .atomic import replace_files, replace_folder, scratch_beside
 from .description import Origin, check_plan, describe
-from .source import ModelSource, SourceError, import_library, infer, rebuild
+from .source import infer, library_of_source, rebuild
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
@@ -233,7 +234,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 def _rebuilt(source: ModelSource, tensors: dict[str, Tensor], folder: Path) -> nn.Module:
     held = sum(tensor.numel() for tensor in tensors.values())
     where = f"{folder / DESCRIPTION}: its source"
-    import_library(source)  # what a library makes as it is imported needs memory, and is made once
+    library_of_source(source).load_source(source)  # what is made on a library's import needs memory, and is made once
     with contextlib.suppress(SourceError), no_larger_than(len(tensors), held, where), torch.device("meta"):
         rebuild(source)  # without memory first; some builders cannot run there
     with no_larger_than(len(tensors), held, where):
@@ -341,7 +342,8 @@ def _under_every_name(tensors: dict[str, Tensor], model: nn.Module) -> dict[str,
 
 def _check_source(model: nn.Module, source: ModelSource) -> None:
     """Refuse a source that builds another model: found on saving it costs a moment, on loading it costs the weights."""
-    if source.library == "file":
+    library = library_of_source(source)
+    if not library.rebuilds:
         return
     with undisturbed(), _ordinary_defaults():
         try:
@@ -353,14 +355,10 @@ def _check_source(model: nn.Module, source: ModelSource) -> None:
             difference = first_difference(model, twin)
     if difference is not None:
         raise CheckpointError(
-            f"{source.library}:{source.name} with {_shown(source)} builds another model than this one: {difference}; "
-            "pass source= with the arguments it was built with, or "
+            f"{source.library}:{source.name} with {library.arguments_in_words(source)} builds another model than this "
+            f"one: {difference}; pass source= with the arguments it was built with, or "
             'ModelSource("file", "models.py:build") and load it onto a model that you build'
         )
-
-
-def _shown(source: ModelSource) -> str:
-    return "its config" if source.library == "transformers" else str(source.arguments or "no arguments")
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from ..allowed import kernels_in, no_larger_than, transformers_config
+from ..allowed import no_larger_than
 from ..checkpoints.files import open_checkpoint
 from ..errors import CheckpointError, SurgeryError, near_misses
+from ..integrations.transformers.allowed import kernels_in, transformers_config
 from ..operators import operator_of
 from ..plan import Plan
 from ..surroundings import undisturbed

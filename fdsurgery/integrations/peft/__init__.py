@@ -1,5 +1,6 @@
 """Adapters of PEFT on converted models.
 
-registration  waits for peft, and sees to it that dynamic layers come here
+library       what the register knows of it
+registration  sees to it that dynamic layers come here
 lora          LoRA beside a dynamic layer; imports peft
 """

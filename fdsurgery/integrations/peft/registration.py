@@ -1,4 +1,4 @@
-"""Makes PEFT put its LoRA layers beside dynamic ones as they must be, whichever of the two is imported first."""
+"""Makes PEFT put its LoRA layers beside dynamic ones as they must be; see `Library.hooks`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,6 @@ from typing import Any
 from torch import nn
 
 from ...operators import operator_of
-from ..import_hook import on_import
-
-
-def register() -> None:
-    """Make PEFT's LoRA know dynamic layers, now or as soon as it is imported."""
-    on_import("peft.tuners.lora.model", install)
 
 
 def install(lora_model: ModuleType) -> None:

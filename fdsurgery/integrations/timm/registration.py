@@ -1,21 +1,19 @@
-"""Makes the names known to timm whichever of the two is imported first."""
+"""Makes the names known to timm; see `Library.hooks`."""
 
 from __future__ import annotations
 
 import warnings
 from types import ModuleType
 
-from ..import_hook import on_import
+from . import factory
 
 
-def register() -> None:
-    """Make timm's factory know the names, now or as soon as it is imported."""
-    on_import("timm.models._factory", _enter)
+def enter(timm_factory: ModuleType) -> None:
+    """Make timm's factory know the names, or warn that it cannot.
 
-
-def _enter(timm_factory: ModuleType) -> None:
-    from . import factory
-
+    Args:
+        timm_factory: `timm.models._factory`.
+    """
     missing = factory.install(timm_factory)
     if missing:
         warnings.warn(

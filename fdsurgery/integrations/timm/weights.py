@@ -10,15 +10,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...allowed import timm_arguments, timm_name
 from ...errors import CheckpointError, near_misses
 from ...finetune import remember
 from ...operators import BuildError, Wanted, build_layers, operator_of, operators
 from ...recipe import FineTune
 from ...rewrite.tree import swapped
 from ...saving.folder import DESCRIPTION, _read_description, described_layers, replacements_for
-from ...saving.source import ModelSource
+from ..base import ModelSource
 from . import SUFFIX
+from .allowed import timm_arguments, timm_name
 
 _SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
 """Entries of a pretrained config that tell where the weights are."""

@@ -1,7 +1,8 @@
-"""Converted models of transformers, loaded by transformers itself.
+"""Models of transformers, and converted ones loaded by transformers itself.
 
-description   what a model's config says of its dynamic layers
-quantizer     puts them in before the weights are read; imports transformers
-registration  hands the quantizer to transformers, whenever that is imported
-card          the README of a saved model
+library       what the register knows of transformers
+allowed       what a saved file may ask of it
+inputs        what its models take
+registration  hands the quantizer to transformers
+quantizer     puts dynamic layers in before a model's weights are read; imports transformers
 """

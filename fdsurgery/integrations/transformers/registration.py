@@ -1,17 +1,15 @@
-"""Hands the quantizer to transformers whichever of the two is imported first."""
+"""Hands the quantizer to transformers; see `Library.hooks`."""
 
 from __future__ import annotations
 
 from types import ModuleType
 
-from ..import_hook import on_import
 
+def enter(register: ModuleType) -> None:
+    """Enter the quantizer in transformers' register.
 
-def register() -> None:
-    """Enter the quantizer in transformers' register, now or as soon as that is imported."""
-    on_import("transformers.quantizers.auto", _enter)
-
-
-def _enter(register: ModuleType) -> None:
+    Args:
+        register: `transformers.quantizers.auto`.
+    """
     if hasattr(register, "register_quantizer"):  # not before 4.49, which cannot be told of new layers
-        from . import quantizer  # noqa: F401  enters itself
+        from . import quantizer  # noqa: F401  enters itself, and imports transformers

@@ -433,7 +433,7 @@ def test_a_timm_of_another_build_is_left_alone() -> None:
     strange = types.ModuleType("timm.models._factory")
     strange.model_entrypoint = timm.model_entrypoint
     with pytest.warns(UserWarning, match="no split_model_name_tag; call fdsurgery.convert"):
-        registration._enter(strange)
+        registration.enter(strange)
     assert strange.model_entrypoint is timm.model_entrypoint
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fdsurgery
 from fdsurgery.errors import UnsupportedModelError
-from fdsurgery.integrations import ultralytics as integration
+from fdsurgery.integrations.ultralytics import guards, library
 from fdsurgery.operators import operator_of
 from fdsurgery.recipe import parse_recipe
 
@@ -62,13 +62,13 @@ class Yolo(nn.Module):
 @pytest.fixture
 def stand_in() -> types.SimpleNamespace:
     """The stand-in's classes, guarded as Ultralytics' own are."""
-    kind = type("Yolo", (Yolo,), {"train": Yolo.train, "tune": Yolo.tune, "__module__": integration.ENGINE})
+    kind = type("Yolo", (Yolo,), {"train": Yolo.train, "tune": Yolo.tune, "__module__": library.ENGINE})
     base = type("Network", (Network,), {"load": Network.load})
-    engine, tasks = types.ModuleType(integration.ENGINE), types.ModuleType(integration.TASKS)
+    engine, tasks = types.ModuleType(library.ENGINE), types.ModuleType(library.TASKS)
     engine.Model, tasks.BaseModel = kind, base  # type: ignore[attr-defined]
     for _ in range(2):  # a second time does nothing
-        integration.guard_engine(engine)
-        integration.guard_tasks(tasks)
+        guards.guard_engine(engine)
+        guards.guard_tasks(tasks)
     return types.SimpleNamespace(Model=kind, BaseModel=base)
 
 
@@ -119,7 +119,7 @@ def test_the_wrapper_stands_for_its_network(stand_in: types.SimpleNamespace) -> 
 
 def test_a_release_without_what_is_guarded_is_told() -> None:
     with pytest.warns(UserWarning, match=r"has no Model\.(train|tune) in this release.*loop of your own"):
-        integration.guard_engine(types.ModuleType(integration.ENGINE))
+        guards.guard_engine(types.ModuleType(library.ENGINE))
 
 
 def test_ultralytics_itself_is_guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

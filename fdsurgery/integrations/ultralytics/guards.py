@@ -1,8 +1,8 @@
-"""Ultralytics: `YOLO(...)` holds a network, and its trainer builds another one from a YAML file.
+"""What Ultralytics does with the network of a `YOLO(...)`, guarded where dynamic layers would be lost.
 
-Whatever that file does not say is lost on the way: dynamic layers are. What has the same name and shape is copied to
-the new network, the rest left out without a word. So training a converted model is refused, as is every copying of
-weights between a network with dynamic layers and one without.
+Its trainer builds another network from a YAML file. Whatever that file does not say is lost on the way: dynamic layers
+are. What has the same name and shape is copied to the new network, the rest left out without a word. So training a
+converted model is refused, as is every copying of weights between a network with dynamic layers and one without.
 """
 
 from __future__ import annotations
@@ -15,25 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import UnsupportedModelError
-from ..operators import operator_of
-from .import_hook import on_import
-
-ENGINE = "ultralytics.engine.model"
-TASKS = "ultralytics.nn.tasks"
-
-
-def register() -> None:
-    """Guard training and the copying of weights, now or as soon as either module is imported."""
-    on_import(ENGINE, guard_engine)
-    on_import(TASKS, guard_tasks)
-
-
-def network_of(model: nn.Module) -> nn.Module:
-    """The network inside of what `YOLO(...)` makes; any other model itself."""
-    if any(base.__module__ == ENGINE for base in type(model).__mro__):
-        return model.model  # type: ignore[return-value]
-    return model
+from ...errors import UnsupportedModelError
+from ...operators import operator_of
 
 
 def guard_engine(engine: ModuleType) -> None:

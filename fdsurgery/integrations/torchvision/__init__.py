@@ -1,0 +1,1 @@
+"""Models of torchvision, by the names of their builders."""
