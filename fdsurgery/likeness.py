@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .discovery.inputs import guesses
+from .discovery.kinds import kind_of
 from .discovery.shadow import twin_of
 from .operators import operator_of
 from .rewrite.tree import swapped
@@ -59,7 +60,7 @@ def _of_modules(model: nn.Module, rebuilt: nn.Module, dynamic: set[str]) -> str 
             return f"{where}, a {type(module).__name__}, is not in that one"
         other = theirs[fqn]
         if fqn in dynamic:
-            if operator_of(other) is None and not isinstance(other, (nn.Conv2d, nn.Linear)):
+            if operator_of(other) is None and kind_of(other) is None:
                 return f"{where} is a {type(other).__name__} there"
         elif (kind := _name_of(type(module))) != (kind_there := _name_of(type(other))):
             return f"{where} is a {kind}, and a {kind_there} there"

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .discovery.effective import same_padding
+from .discovery.kinds import kind_named
 from .discovery.observe import Observation, observe
 from .discovery.site import Site
 from .errors import RecipeError, near_misses
@@ -166,16 +167,15 @@ def _with_costs(decisions: tuple[Decision, ...], model: nn.Module, seen: Observa
 
 def _twin(site: Site, layer: nn.Module) -> nn.Module:
     """A plain layer of the shape of a site's."""
+    geometry = {"kernel_size": site.kernel_size, "groups": site.groups} if site.convolves else {}
     bias = layer.bias is not None
-    if site.kind == "conv":
-        return nn.Conv2d(site.in_channels, site.out_channels, site.kernel_size, groups=site.groups, bias=bias)
-    return nn.Linear(site.in_channels, site.out_channels, bias)
+    return kind_named(site.kind).make(site.in_channels, site.out_channels, bias=bias, **geometry)
 
 
 def _multiply_adds_added(decision: Decision, new: nn.Module, layer: nn.Module, seen: Observation) -> dict[str, int]:
     """By component and for one sample, over the calls of the layer that were seen."""
     site, operator = decision.site, get_operator(str(decision.operator))
-    unbatched = 3 if site.kind == "conv" else 1
+    unbatched = kind_named(site.kind).sample_axes
     added: Counter[str] = Counter()
     for shape in filter(None, seen.input_shapes[site.name]):
         # What is a sample to the layer, and has a weight of its own, may be a part of one: a window, or a region.
@@ -185,9 +185,9 @@ def _multiply_adds_added(decision: Decision, new: nn.Module, layer: nn.Module, s
     return {component: count // seen.batch for component, count in added.items()}
 
 
-def _padded(sample: tuple[int, ...], layer: nn.Module, site: Site) -> tuple[int, ...]:
+def _padded(sample: tuple[int, ...], layer: Any, site: Site) -> tuple[int, ...]:
     """The shape that an input has once it is padded, for layers that begin with that."""
-    if not site.pads_same or not isinstance(layer, nn.Conv2d):
+    if not site.pads_same:
         return sample
     channels, height, width = sample
     left, right, top, bottom = same_padding((height, width), layer)

@@ -50,7 +50,7 @@ def kind_of(site: Site) -> str:
 def shape_of(site: Site) -> str:
     """A site's shape in a few characters, e.g. `64→256 3x3 /2 g32`."""
     parts = [f"{site.in_channels}→{site.out_channels}"]
-    if site.kind == "conv":
+    if site.convolves:
         parts.append("x".join(map(str, site.kernel_size)))
     if site.stride != (1, 1):
         parts.append("/" + "x".join(map(str, sorted(set(site.stride)))))

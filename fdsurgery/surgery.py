@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.optim import Optimizer
 
 from .discovery import Observation, Site, observe
+from .discovery.kinds import kind_named, kind_of
 from .discovery.record import record
 from .discovery.shadow import twin_of
 from .errors import PlanError, RewriteError, UnsupportedModelError, near_misses
@@ -177,17 +178,16 @@ def _check_fits(decision: Decision, layers: dict[str, nn.Module]) -> None:
         raise PlanError(
             f"the plan was made for another model: this one has no {site.name!r}{near_misses(site.name, layers)}"
         )
-    kind: type[nn.Module] = nn.Conv2d if site.kind == "conv" else nn.Linear
-    if not isinstance(layer, kind) or operator_of(layer) is not None:
+    kind = kind_named(site.kind)
+    if kind_of(layer) is not kind or operator_of(layer) is not None:
         raise PlanError(
             f"the plan was made for another model: {site.name!r} is a {type(layer).__name__} here, "
-            f"not a plain {kind.__name__}"
+            f"not a plain {kind.plain.__name__}"
         )
-    names = ("out_channels", "in_channels") if site.kind == "conv" else ("out_features", "in_features")
-    shape = tuple(getattr(layer, name) for name in names)
-    if shape != (site.out_channels, site.in_channels):
+    in_channels, out_channels = kind.channels(layer)
+    if (in_channels, out_channels) != (site.in_channels, site.out_channels):
         raise PlanError(
-            f"the plan was made for another model: {site.name!r} maps {shape[1]} to {shape[0]} channels here, "
+            f"the plan was made for another model: {site.name!r} maps {in_channels} to {out_channels} channels here, "
             f"{site.in_channels} to {site.out_channels} in the plan"
         )
     _refuse_offloaded(site.name, layer)
@@ -214,7 +214,7 @@ def _difference(planned: Site, now: Site) -> str | None:
     if now.caution is not None and planned.caution is None:
         return now.caution
     names = ["kernel_size", "stride", "dilation", "groups", "padding", "padding_mode", "pads_same"]
-    if now.layer_class not in ("Conv2d", "Linear"):  # in a graph, functional calls have become plain layers
+    if now.layer_class != kind_named(now.kind).plain.__name__:  # in a graph, functional calls have become plain layers
         names.append("layer_class")
     for name in names:
         if getattr(planned, name) != getattr(now, name):

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..discovery.kinds import kind_of
 from ..errors import CheckpointError, near_misses
 from ..integrations.base import ModelSource
 from ..operators import BuildError, Operator, Wanted, build_layers, get_operator, operators
@@ -207,7 +208,7 @@ def _dynamic_layers(asked: Asked, model: nn.Module, found: Recognised) -> tuple[
     wanted: dict[nn.Module, Wanted] = {}
     for fqn, module in model.named_modules(remove_duplicate=False):
         inner = found.layer(fqn)
-        if not isinstance(module, (nn.Conv2d, nn.Linear)) or inner is None or module in wanted:
+        if kind_of(module) is None or inner is None or module in wanted:
             continue
         name, settings = described.get(fqn, (None, None))
         operator = _operator_at(inner, checkpoint) if name is None else get_operator(name)

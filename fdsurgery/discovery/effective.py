@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from .computed_weight import why_not_free
+from .kinds import known_kind
 from .shadow import same_random_numbers, twin_of
 from .watched_call import alike, pair, probes, watch
 
@@ -54,9 +55,8 @@ def effective_layer(layer: nn.Module) -> Effective | str:
         layer: an `nn.Conv2d` or `nn.Linear`, or of a class derived from one. If the class has a forward of its own, a
             copy is called, more than once: in eval mode, and in training mode, where it must do the same.
     """
-    assert isinstance(layer, (nn.Conv2d, nn.Linear))
     if is_plain(layer):
-        return Effective(layer)
+        return Effective(layer)  # type: ignore[arg-type]
     with same_random_numbers():
         effective = _watched(_private_twin(layer), next(layer.parameters()).device)
     if isinstance(effective, Effective):
@@ -71,7 +71,7 @@ def is_plain(layer: nn.Module) -> bool:
 
 def _is_own(layer: nn.Module) -> bool:
     """True if the layer's class computes what its base does."""
-    base = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    base: Any = known_kind(layer).plain
     kind: Any = type(layer)
     return kind.forward is base.forward and getattr(kind, "_conv_forward", None) is getattr(base, "_conv_forward", None)
 
@@ -103,8 +103,8 @@ def _private_twin(layer: nn.Module) -> nn.Module:
 
 def _watched(layer: Any, device: torch.device) -> Effective | str:
     """What a copy of a layer, which may be spoilt, amounts to."""
-    base = "nn.Conv2d" if isinstance(layer, nn.Conv2d) else "nn.Linear"
-    unlike = f"its forward is not {base}'s own: {type(layer).__name__} "
+    kind = known_kind(layer)
+    unlike = f"its forward is not nn.{kind.plain.__name__}'s own: {type(layer).__name__} "
     if parametrize.is_parametrized(layer) and _is_own(layer):
         unlike = "its weight is parametrised: it "
     before, state = _members(layer), _random_states()
@@ -126,7 +126,7 @@ def _watched(layer: Any, device: torch.device) -> Effective | str:
             return f"{unlike}writes to its own parameters as it runs"
         return f"{unlike}stores {stored[0]!r} on the layer as it runs, which others may read"
     weight, bias = first["weight"], first["bias"]
-    if weight.shape != _shape(layer) or not alike(first, second):
+    if weight.shape != kind.weight_shape(layer) or not alike(first, second):
         return f"{unlike}computes its weight from the input"
     if first["reads"] or second["reads"]:
         if first["input"] is x and second["input"] is y:
@@ -138,7 +138,7 @@ def _watched(layer: Any, device: torch.device) -> Effective | str:
     verbatim = weight is layer._parameters.get("weight") and bias is layer._parameters.get("bias")
     if reason := why_not_free(layer, x, modes=(False, True) if in_training else ()):
         return unlike + reason
-    if isinstance(layer, nn.Linear):
+    if not kind.convolves:
         return Effective(plain, verbatim=verbatim) if first["input"] is x else f"{unlike}changes the input first"
     if any(tuple(pair(first[key])) != tuple(getattr(layer, key)) for key in ("stride", "dilation")):
         return f"{unlike}convolves with another stride or dilation than it says"
@@ -198,33 +198,13 @@ def _stays_float(layer: nn.Module, x: Tensor) -> bool:
     return call is not None and bool(call["weight"].dtype == torch.float32) and call["gives"] == torch.float32
 
 
-def _shape(layer: nn.Conv2d | nn.Linear) -> tuple[int, ...]:
-    if isinstance(layer, nn.Linear):
-        return (layer.out_features, layer.in_features)
-    return (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
-
-
-def _plain(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor | None, device: torch.device) -> Any:
+def _plain(layer: nn.Module, weight: Tensor, bias: Tensor | None, device: torch.device) -> Any:
     """A plain layer of the same geometry with copies of these tensors."""
     weight_learns = any(parameter.requires_grad for name, parameter in layer.named_parameters() if name != "bias")
     own_bias = layer._parameters.get("bias")
     bias_learns = weight_learns if own_bias is None else own_bias.requires_grad
-    plain: nn.Conv2d | nn.Linear
-    if isinstance(layer, nn.Conv2d):
-        plain = nn.Conv2d(
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,  # type: ignore[arg-type]
-            layer.stride,  # type: ignore[arg-type]
-            layer.padding,  # type: ignore[arg-type]
-            layer.dilation,  # type: ignore[arg-type]
-            layer.groups,
-            bias is not None,
-            layer.padding_mode,  # type: ignore[arg-type]
-            device="meta",
-        )
-    else:
-        plain = nn.Linear(layer.in_features, layer.out_features, bias is not None, device="meta")
+    kind = known_kind(layer)
+    plain = kind.make(*kind.channels(layer), bias=bias is not None, **kind.geometry(layer))
     plain.weight = nn.Parameter(weight.detach().clone().to(device), weight_learns)
     if bias is not None:
         plain.bias = nn.Parameter(bias.detach().clone().to(device), bias_learns)

@@ -12,9 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import nn
-
 from .flow import Flow, Node, layer_input, shape_of
+from .kinds import kind_of, known_kind
 from .ops import ACTIVATION, ADD, DROPOUT, ELEMENTWISE, JOIN, LAYOUT, MOVE, NORM
 
 _PASSES = LAYOUT | JOIN | MOVE | NORM | DROPOUT | ELEMENTWISE | ACTIVATION
@@ -60,10 +59,10 @@ def _ffn_ending_in(flow: Flow, project: Node) -> FFN | None:
     if not 1 <= len(sources) <= 2:
         return None
     first = list(sources)
-    kind = nn.Conv2d if isinstance(flow.layer(project), nn.Conv2d) else nn.Linear
+    kind = known_kind(flow.layer(project))
     if not any(sources.values()):
         return None
-    if any(not isinstance(flow.layer(source), kind) or source.target == project.target for source in first):
+    if any(kind_of(flow.layer(source)) is not kind or source.target == project.target for source in first):
         return None
     width, hidden = _widths(flow, first[0])
     project_in, project_out = _widths(flow, project)
@@ -73,7 +72,7 @@ def _ffn_ending_in(flow: Flow, project: Node) -> FFN | None:
     if hidden != project_in and not packed_gate:
         return None
     # A depthwise bottleneck narrows first; token mixers made of linears may do so too and still are FFNs.
-    if kind is nn.Conv2d and hidden < width:
+    if kind.convolves and hidden < width:
         return None
     read = {_same_tensor(flow, layer_input(source)) for source in first}
     if len(read) != 1 or not read <= flow.from_input:
@@ -91,19 +90,13 @@ def _ffn_ending_in(flow: Flow, project: Node) -> FFN | None:
 def _mixes_channels(flow: Flow, node: Node) -> bool:
     """True for a linear layer or dense 1x1 convolution over more than one position per sample."""
     layer = flow.layer(node)
-    if isinstance(layer, nn.Conv2d):
-        geometry = (tuple(layer.kernel_size), tuple(layer.stride), layer.groups)
-        if geometry != ((1, 1), (1, 1), 1):
-            return False
-    return layer is not None and not flow.sees_one_position(node)
+    kind = kind_of(layer)
+    return kind is not None and kind.is_product(layer) and not flow.sees_one_position(node)
 
 
 def _widths(flow: Flow, node: Node) -> tuple[int, int]:
     layer = flow.layer(node)
-    if isinstance(layer, nn.Conv2d):
-        return layer.in_channels, layer.out_channels
-    assert isinstance(layer, nn.Linear)
-    return layer.in_features, layer.out_features
+    return known_kind(layer).channels(layer)
 
 
 def _sources(flow: Flow, project: Node) -> dict[Node, bool]:
@@ -137,9 +130,7 @@ def _sources(flow: Flow, project: Node) -> dict[Node, bool]:
 def _is_aside(flow: Flow, node: Node) -> bool:
     """True for layers that may stand inside an FFN: depthwise convolutions, squeeze-excitation on pooled pixels."""
     layer = flow.layer(node)
-    if isinstance(layer, nn.Conv2d) and layer.groups > 1 and layer.groups == layer.in_channels:
-        return True
-    return flow.sees_one_position(node)
+    return known_kind(layer).is_depthwise(layer) or flow.sees_one_position(node)
 
 
 def _without_inner(flow: Flow, sources: dict[Node, bool]) -> dict[Node, bool]:

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from torch import fx, nn
 
+from .kinds import known_kind
 from .ops import LEARNED, POOL, REDUCTION, op_name
 
 Node = fx.Node
@@ -18,7 +19,7 @@ class Flow:
 
     Args:
         graph: nodes carry `meta["shape"]`, and convolutions and linear layers are `call_module` nodes.
-        layers: the `nn.Conv2d` and `nn.Linear` modules by the names that the graph calls them.
+        layers: the convolutions and linear layers by the names that the graph calls them.
     """
 
     def __init__(self, graph: fx.Graph, layers: Mapping[str, nn.Module]) -> None:
@@ -92,9 +93,7 @@ class Flow:
     def sees_one_position(self, node: Node) -> bool:
         """True for a layer call whose input has a single pixel or token per sample, as after global pooling."""
         shape = shape_of(layer_input(node)) or ()
-        if isinstance(self.layer(node), nn.Conv2d):
-            return math.prod(shape[-2:]) == 1
-        return math.prod(shape[:-1]) <= self.batch
+        return known_kind(self.layer(node)).sees_one_position(shape, self.batch)
 
     def is_global_pool(self, node: Node) -> bool:
         """True for reductions and for pooling down to one pixel."""

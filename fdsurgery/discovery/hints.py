@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
-
 from .flow import Flow, Node, shape_of
+from .kinds import convolves
 from .mask_values import takes_shape
 from .ops import ACTIVATION, ELEMENTWISE, JOIN, LAYOUT, NORM
 
@@ -136,7 +135,7 @@ def _is_centred(node: Node) -> bool:
 
 
 def _is_convolution(flow: Flow, node: Node) -> bool:
-    return isinstance(flow.layer(node), nn.Conv2d) or flow.op[node] in ("conv1d", "conv2d", "conv3d", "convolution")
+    return convolves(flow.layer(node)) or flow.op[node] in ("conv1d", "conv2d", "conv3d", "convolution")
 
 
 def _pads_one_side(flow: Flow, node: Node) -> bool:

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from ..inputs import BATCH, ExampleTensors, Inputs, image_channels, image_sizes
 from ..integrations import example_inputs, image_shape
+from .kinds import convolves, kind_of, known_kind
 
 _TOKENS = 16
 
@@ -29,11 +30,12 @@ def guesses(model: nn.Module) -> Iterator[Inputs]:
 
 
 def _for_others(model: nn.Module, make: ExampleTensors) -> Iterator[Inputs]:
-    first = next((module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))), None)
-    if isinstance(first, nn.Linear):
-        yield Inputs((make.floats(BATCH, _TOKENS, first.in_features),))
-        yield Inputs((make.floats(BATCH, first.in_features),))
-        yield Inputs((make.floats(BATCH, 8, 8, first.in_features),))
+    first = next((module for module in model.modules() if kind_of(module) is not None), None)
+    if first is not None and not convolves(first):
+        features, _ = known_kind(first).channels(first)
+        yield Inputs((make.floats(BATCH, _TOKENS, features),))
+        yield Inputs((make.floats(BATCH, features),))
+        yield Inputs((make.floats(BATCH, 8, 8, features),))
     shape = image_shape(model)
     for channels, size in product(image_channels(model, shape), image_sizes(model, shape)):
         yield Inputs((make.image(channels, *size),))

@@ -15,11 +15,12 @@ from torch.nn.parameter import is_lazy
 from ..errors import DiscoveryError
 from .flow import Flow, layer_input, shape_of
 from .inputs import Inputs, guesses
+from .kinds import KINDS, LayerKind, kind_of, known_kind
 from .probe import probe
-from .record import LAYERS, record
+from .record import record
 from .roles import find_roles
 from .shadow import has_hooks
-from .site import Kind, Layout, Role, Site
+from .site import Layout, Role, Site
 from .unsupported import find_cautions, find_obstacles
 
 Recorded = Literal["meta", "real"]
@@ -211,7 +212,7 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     layers: dict[str, nn.Module] = {}
     inside: set[int] = set()
     for name, module in model.named_modules():
-        if isinstance(module, LAYERS) and id(module) not in inside:
+        if kind_of(module) is not None and id(module) not in inside:
             layers[name] = module
             inside.update(id(part) for part in module.modules() if part is not module)
     return layers
@@ -226,7 +227,7 @@ def _left_out(model: nn.Module) -> dict[str, int]:
         type(module).__name__
         for module in model.modules()
         # transformers' Conv1D is a linear layer that holds its weight the other way round.
-        if (isinstance(module, _OTHER_LAYERS) or type(module).__name__ == "Conv1D") and not isinstance(module, LAYERS)
+        if (isinstance(module, _OTHER_LAYERS) or type(module).__name__ == "Conv1D") and kind_of(module) is None
     )
     return dict(kinds.most_common())
 
@@ -243,14 +244,15 @@ def _sites(model: nn.Module, flow: Flow, inputs: Inputs) -> tuple[Site, ...]:
     found: list[Site] = []
     for name, module in model.named_modules():
         seen: dict[str, Any]
+        scripted = _scripted_kind(module)
         if name in flow.layers:
             seen = _seen(flow, name, *roles[name]) | {
                 "obstacle": obstacles.get(name),
                 "caution": cautions.get(name),
                 "pads_same": name in padded,
             }
-        elif _is_scripted_layer(module):
-            seen = _SCRIPTED | {"role": "linear" if module.original_name == "Linear" else "spatial"}
+        elif scripted is not None:
+            seen = _SCRIPTED | {"role": "spatial" if scripted.convolves else "linear"}
         else:
             continue
         parent = by_name[name.rpartition(".")[0]] if name else None
@@ -260,7 +262,7 @@ def _sites(model: nn.Module, flow: Flow, inputs: Inputs) -> tuple[Site, ...]:
                 aliases=tuple(names[id(module)][1:]),
                 layer_class=str(getattr(module, "original_name", type(module).__name__)),
                 parent_class=type(parent).__name__ if parent is not None else "",
-                **_geometry(module),
+                **_geometry(scripted or known_kind(module), module),
                 **seen,
             )
         )
@@ -270,15 +272,18 @@ def _sites(model: nn.Module, flow: Flow, inputs: Inputs) -> tuple[Site, ...]:
 _SCRIPTED = {"obstacle": "it is inside a torch.jit.ScriptModule, which is compiled; convert before scripting"}
 
 
-def _is_scripted_layer(module: nn.Module) -> bool:
-    return isinstance(module, torch.jit.ScriptModule) and module.original_name in ("Conv2d", "Linear")
+def _scripted_kind(module: nn.Module) -> LayerKind | None:
+    """The kind of a layer that was scripted or traced, which torch's classes do not tell."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        return None
+    return next((kind for kind in KINDS if module.original_name == kind.plain.__name__), None)
 
 
 def _seen(flow: Flow, name: str, role: Role, ffn: str | None) -> dict[str, Any]:
     """What the forward showed about one layer."""
     calls = flow.calls.get(name, [])
     shape = shape_of(layer_input(calls[0])) if calls else None
-    layout = _layout(flow.layers[name], shape)
+    layout = _layout(known_kind(flow.layers[name]), shape)
     return {
         "role": role,
         "ffn": ffn,
@@ -291,38 +296,25 @@ def _seen(flow: Flow, name: str, role: Role, ffn: str | None) -> dict[str, Any]:
 
 def _multiply_adds(flow: Flow, call: fx.Node) -> int:
     """Of one call, over the whole batch: each output value is a sum over the inputs that one filter sees."""
-    layer: Any = flow.layer(call)
-    values = math.prod(shape_of(call) or (0,))
-    if isinstance(layer, nn.Conv2d):
-        return values * layer.in_channels // layer.groups * math.prod(layer.kernel_size)
-    return values * int(layer.in_features)
+    layer = flow.layer(call)
+    _, *inputs = known_kind(layer).weight_shape(layer)
+    return math.prod(shape_of(call) or (0,)) * math.prod(inputs)
 
 
-def _geometry(layer: Any) -> dict[str, Any]:
-    if _is_scripted_layer(layer) and not (hasattr(layer, "in_features") or hasattr(layer, "in_channels")):
-        # A traced layer keeps its tensors and forgets the rest.
+def _geometry(kind: LayerKind, layer: Any) -> dict[str, Any]:
+    if not hasattr(layer, kind.in_and_out[0]):  # a traced layer keeps its tensors and forgets the rest
         out_channels, in_channels, *kernel_size = layer.weight.shape
-        kernel = {"kernel_size": tuple(kernel_size)} if kernel_size else {}
-        traced: Kind = "conv" if kernel_size else "linear"
-        return {"kind": traced, "in_channels": in_channels, "out_channels": out_channels} | kernel
-    kind: Kind = "linear" if hasattr(layer, "in_features") else "conv"
-    if kind == "linear":
-        return {"kind": kind, "in_channels": layer.in_features, "out_channels": layer.out_features}
-    pairs = {key: tuple(getattr(layer, key)) for key in ("kernel_size", "stride", "dilation")}
-    return {
-        "kind": kind,
-        "in_channels": layer.in_channels,
-        "out_channels": layer.out_channels,
-        "groups": layer.groups,
-        "padding": layer.padding,
-        "padding_mode": layer.padding_mode,
-    } | pairs
+        geometry: dict[str, Any] = {"kernel_size": tuple(kernel_size)} if kernel_size else {}
+    else:
+        in_channels, out_channels = kind.channels(layer)
+        geometry = kind.geometry(layer)
+    return {"kind": kind.name, "in_channels": in_channels, "out_channels": out_channels} | geometry
 
 
-def _layout(layer: nn.Module, shape: tuple[int, ...] | None) -> Layout | None:
+def _layout(kind: LayerKind, shape: tuple[int, ...] | None) -> Layout | None:
     if shape is None:
         return None
-    if isinstance(layer, nn.Conv2d):
+    if kind.convolves:
         return "NCHW"
     if len(shape) <= 2:
         return "rows"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .flow import Flow, Node
 from .hints import FEWEST_POSITIONS
 from .inputs import Inputs
+from .kinds import known_kind
 from .record import tensors_in
 from .shadow import same_random_numbers, twin_of
 
@@ -212,10 +213,8 @@ def _lines(flow: Flow, point: _Point, changed: Tensor, place: _Place) -> Iterato
     axes: Iterable[int]
     if point.is_output:
         axes = [axis for axis in range(1, changed.dim()) if changed.dim() > 2 and changed.shape[axis] == place.length]
-    elif isinstance(flow.layer(point.node), nn.Conv2d):
-        axes = range(changed.dim() - 2, changed.dim())
     else:
-        axes = range(1, changed.dim() - 1)
+        axes = known_kind(flow.layer(point.node)).position_axes(changed.dim())
     for axis in axes:
         if changed.shape[axis] > 1:
             yield changed.movedim(axis, 0).flatten(1).any(1)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .attention import Attention, arguments_of, attentions_in, stack_of
 from .flow import Flow, Node, layer_input, shape_of
 from .inputs import Inputs
+from .kinds import convolves, known_kind
 from .mask_values import MaskValues
 from .ops import LAYOUT
 
@@ -55,9 +56,7 @@ def positions_apart(model: nn.Module, flow: Flow, inputs: Inputs, masked: dict[s
 
 def _positions(flow: Flow, call: Node) -> int:
     shape = shape_of(layer_input(call)) or ()
-    if isinstance(flow.layer(call), nn.Conv2d):
-        return math.prod(shape[-2:])
-    return math.prod(shape[1:-1])
+    return known_kind(flow.layer(call)).positions(shape)
 
 
 def _kept_apart(group: list[Attention]) -> str | None:
@@ -180,7 +179,7 @@ def _beside(flow: Flow, sources: dict[Node, str]) -> dict[str, str]:
 
 def _is_causal_convolution(flow: Flow, call: Node) -> bool:
     layer: Any = flow.layer(call)
-    if not isinstance(layer, nn.Conv2d):
+    if not convolves(layer):
         return False
     pad = layer_input(call)
     while flow.op[pad] in LAYOUT and pad.all_input_nodes:

@@ -1,7 +1,7 @@
 """The eye of discovery: one eager forward, written down as a `torch.fx.Graph`.
 
 A `torch.fx` graph records what code does for all inputs and so refuses much of what models do. This one records what
-one forward did: torch functions as they are called, and every `nn.Conv2d` and `nn.Linear` as a single `call_module`
+one forward did: torch functions as they are called, and every layer of the kinds in `kinds` as a single `call_module`
 node. Whoever reads the graph needs nothing from here: each node carries `meta["shape"]` (a tuple, or None where the
 value is not one tensor), `meta["dtype"]` and `meta["fqn"]`, the module whose forward was running. The call of a layer
 whose weight was not its own, or that ran inside a function transform, says so in `meta["foreign"]`.
@@ -23,10 +23,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .inputs import Inputs
+from .kinds import kind_of
 from .ops import DROPOUT, LAYOUT, canonical_name
 from .shadow import original_of, same_random_numbers, twin_of
-
-LAYERS = (nn.Conv2d, nn.Linear)
 
 # Attributes of a tensor that are tensors made of its values; all other attributes are metadata.
 _VALUE_ATTRIBUTES = {"data", "T", "mT", "H", "mH", "real", "imag"}
@@ -86,7 +85,7 @@ class _Recorder(TorchFunctionMode):
         """Put a wrapper around the forward of one module of the copy."""
         forward: Callable[..., Any] = module.forward
         call: Callable[..., Any] = self._module_call
-        if isinstance(module, LAYERS):
+        if kind_of(module) is not None:
             call = functools.partial(self._layer_call, module, dict(module._parameters))
 
         @functools.wraps(forward)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
+import math
+from typing import Any
 
 from .ffn import find_ffns
 from .flow import Flow, Node, layer_input, shape_of
+from .kinds import convolves, known_kind
 from .ops import ACTIVATION, ADD, DROPOUT, JOIN, LAYOUT, MOVE, NORM, POOL, REDUCTION, UPSAMPLE
 from .site import Role
 
@@ -32,18 +34,19 @@ def find_roles(flow: Flow) -> dict[str, tuple[Role, str | None]]:
         if roles[name][0] in ("pointwise", "spatial"):
             roles[name] = ("shortcut", None)
     for name, calls in flow.calls.items():
-        if isinstance(flow.layers[name], nn.Conv2d) and all(_reads_image(flow, call) for call in calls):
+        if convolves(flow.layers[name]) and all(_reads_image(flow, call) for call in calls):
             roles[name] = ("stem", None)
     return roles
 
 
-def role_by_geometry(layer: nn.Module) -> Role:
+def role_by_geometry(layer: Any) -> Role:
     """The role of a layer of which nothing is known but its own shape."""
-    if not isinstance(layer, nn.Conv2d):
+    kind = known_kind(layer)
+    if not kind.convolves:
         return "linear"
-    if layer.groups > 1 and layer.groups == layer.in_channels:
+    if kind.is_depthwise(layer):
         return "depthwise"
-    return "pointwise" if tuple(layer.kernel_size) == (1, 1) else "spatial"
+    return "pointwise" if math.prod(layer.kernel_size) == 1 else "spatial"
 
 
 def _reads_image(flow: Flow, call: Node) -> bool:
@@ -71,7 +74,7 @@ def _heads(flow: Flow) -> set[Node]:
             writers = set().union(*(written.get(source, set()) for source in sources))
             op = flow.op[node]
             alike = all(source in written for source in sources) and all(
-                isinstance(flow.layer(writer), nn.Linear) for writer in writers
+                not convolves(flow.layer(writer)) for writer in writers
             )
             if (op in _WRITES_THROUGH and sources[0] in written) or (op in JOIN) or (op in _AVERAGES and alike):
                 written[node] = writers
@@ -103,7 +106,7 @@ def _lone_conv(flow: Flow, side: Node) -> tuple[Node | None, set[Node]]:
         if conv is not None:
             forks.add(node)
         if flow.is_layer(node):
-            if conv is not None or not isinstance(flow.layer(node), nn.Conv2d):
+            if conv is not None or not convolves(flow.layer(node)):
                 break
             conv, node = node, layer_input(node)
             continue

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Kind = Literal["conv", "linear"]
+from .kinds import Kind, kind_named
+
 Layout = Literal["NCHW", "NHWC", "tokens", "rows"]
 Role = Literal[
     "stem",  # a convolution that reads the image
@@ -64,6 +65,11 @@ class Site:
     caution: str | None = None
     """Why a dynamic layer here would change what the model means, though not at once what it computes; None if nothing
     is known. Such a layer is kept unless the rule that asks for it says `anyway`."""
+
+    @property
+    def convolves(self) -> bool:
+        """True for convolutions, which have a kernel, a stride and groups."""
+        return kind_named(self.kind).convolves
 
     @property
     def in_ffn(self) -> bool:

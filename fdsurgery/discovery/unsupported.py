@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from types import FunctionType, MethodType
@@ -20,6 +19,7 @@ from .computed_weight import HOLDS_ZEROS
 from .effective import effective_layer
 from .flow import Flow, Node, layer_input, shape_of
 from .inputs import Inputs
+from .kinds import LayerKind, known_kind
 from .ops import LAYOUT
 from .positions import positions_apart
 from .values import caution_in_values, obstacle_in_values
@@ -88,10 +88,10 @@ def find_cautions(model: nn.Module, flow: Flow, inputs: Inputs, obstacles: Mappi
 def _packed(flow: Flow, name: str) -> str | None:
     """Several samples in one entry of the first axis, which is given one weight for all."""
     calls = flow.calls.get(name, [])
-    is_conv = isinstance(flow.layers[name], nn.Conv2d)
+    sure = max(known_kind(flow.layers[name]).sample_axes, 2)  # two axes may be tokens of one sample
     for call in calls:
         shape = shape_of(layer_input(call)) or ()
-        first = shape[0] if len(shape) > (3 if is_conv else 2) or (len(shape) == 3 and not is_conv) else flow.batch
+        first = shape[0] if len(shape) > sure else flow.batch
         # Samples that are taken one after the other have a call each.
         if first * len(calls) < flow.batch and layer_input(call) in flow.from_input:
             return (
@@ -179,7 +179,7 @@ _USUAL_MEMBERS = frozenset(
 
 def _of_its_members(layer: nn.Module) -> str | None:
     """Methods of its own class, or put onto the layer, which others may call and a dynamic layer would not have."""
-    base = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    base = known_kind(layer).plain
     name = type(layer).__name__
     for kind in type(layer).__mro__[: type(layer).__mro__.index(base)]:
         if parametrize.is_parametrized(layer) and kind is type(layer):
@@ -278,22 +278,20 @@ def _of_its_input(flow: Flow, name: str) -> str | None:
     if not calls:
         return "the model's forward never calls it"
     inputs = [layer_input(call) for call in calls]
-    one_pixel = all(math.prod((shape_of(given) or (0,))[-2:]) == 1 for given in inputs)
-    if isinstance(flow.layers[name], nn.Conv2d) and one_pixel:
+    kind = known_kind(flow.layers[name])
+    if kind.convolves and all(kind.positions(shape_of(given) or (0,)) == 1 for given in inputs):
         return "its input is one pixel: it costs nothing and offers nothing to adapt to"
     if not any(given in flow.from_input for given in inputs):
         return "its input does not depend on the model's input, so there is nothing to adapt to"
-    return _of_its_axes(
-        [shape_of(given) or () for given in inputs], flow.batch, isinstance(flow.layers[name], nn.Conv2d)
-    )
+    return _of_its_axes([shape_of(given) or () for given in inputs], flow.batch, kind)
 
 
-def _of_its_axes(shapes: list[tuple[int, ...]], batch: int, is_conv: bool) -> str | None:
+def _of_its_axes(shapes: list[tuple[int, ...]], batch: int, kind: LayerKind) -> str | None:
     """Why the first axis of a layer's input is not that of the samples, each of which is given a weight of its own."""
     for shape in shapes:
-        if not is_conv and len(shape) > 2 and shape[1] == batch != shape[0]:  # queries of Mask2Former
+        if not kind.convolves and len(shape) > 2 and shape[1] == batch != shape[0]:  # queries of Mask2Former
             return f"its input {shape} has positions first and samples second; a weight would be one position's"
-        weights = shape[0] // batch if len(shape) > (3 if is_conv else 1) else 0
+        weights = shape[0] // batch if len(shape) > kind.sample_axes else 0
         if weights > MOST_WEIGHTS:  # time in place of space as in VideoPrism, pixels of a patch as in TNT, boxes
             return f"its batch axis holds {weights} parts of every sample, and each would be given a weight of its own"
     return None

@@ -11,6 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from fdconv.precision import without_autocast
 
+from .kinds import known_kind
+
 
 def watch(
     layer: nn.Module, x: Tensor, training: bool = False, differentiable: bool = False, autocast: bool = False
@@ -69,16 +71,17 @@ _ARGUMENTS: dict[Any, tuple[str, ...]] = {
 _DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
 
-def probes(layer: nn.Conv2d | nn.Linear) -> list[Tensor]:
+def probes(layer: Any) -> list[Tensor]:
     """Two inputs of sizes at which every way of padding shows."""
     made: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-    if isinstance(layer, nn.Linear):
-        shapes: list[tuple[int, ...]] = [(1, 4, layer.in_features), (2, 3, layer.in_features)]
-    else:
+    kind = known_kind(layer)
+    channels, _ = kind.channels(layer)
+    shapes: list[tuple[int, ...]] = [(1, 4, channels), (2, 3, channels)]
+    if kind.convolves:
         reach = [
             (kernel - 1) * dilation + 1 for kernel, dilation in zip(layer.kernel_size, layer.dilation, strict=True)
         ]
-        shapes = [(batch, layer.in_channels, reach[0] + 1 + batch, reach[1] + 2 + batch) for batch in (1, 2)]
+        shapes = [(batch, channels, *(size + axis + 1 + batch for axis, size in enumerate(reach))) for batch in (1, 2)]
     source = torch.Generator().manual_seed(0)
     if layer.weight.is_meta:
         return [torch.empty(shape, **made) for shape in shapes]

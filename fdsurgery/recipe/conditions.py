@@ -11,10 +11,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, WithJsonSchema
 
+from ..discovery.kinds import KINDS
 from ..discovery.site import ROLES, Site
 from ..errors import near_misses
 
-KINDS = ("conv", "linear")
+_KINDS = tuple(kind.name for kind in KINDS)
 _FFN = "ffn"
 """Stands for the roles expand, gate and project."""
 
@@ -84,7 +85,7 @@ _BOUNDS = {
     "minProperties": 1,
 }
 
-Kinds = Annotated[tuple[str, ...], one_of(*KINDS), _one_or_more({"enum": [*KINDS]})]
+Kinds = Annotated[tuple[str, ...], one_of(*_KINDS), _one_or_more({"enum": [*_KINDS]})]
 Roles = Annotated[tuple[str, ...], one_of(*ROLES, _FFN), _one_or_more({"enum": [*ROLES, _FFN]})]
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_read_patterns), _one_or_more({"type": "string", "minLength": 1})]
 Sizes = Annotated[tuple[tuple[int, int], ...], BeforeValidator(_read_sizes), _one_or_more(_SIZE)]
@@ -180,12 +181,12 @@ CONDITIONS: dict[str, Callable[[Any, Site], bool]] = {
     "kind": lambda kinds, site: site.kind in kinds,
     "role": lambda roles, site: site.role in roles or (_FFN in roles and site.in_ffn),
     "name": _name,
-    "kernel_size": lambda sizes, site: site.kind == "conv" and site.kernel_size in sizes,
+    "kernel_size": lambda sizes, site: site.convolves and site.kernel_size in sizes,
     "channels": lambda bounds, site: _within(bounds, site.in_channels, site.out_channels),
     "in_channels": lambda bounds, site: _within(bounds, site.in_channels),
     "out_channels": lambda bounds, site: _within(bounds, site.out_channels),
-    "stride": lambda sizes, site: site.kind == "conv" and site.stride in sizes,
-    "groups": lambda bounds, site: site.kind == "conv" and _within(bounds, site.groups),
+    "stride": lambda sizes, site: site.convolves and site.stride in sizes,
+    "groups": lambda bounds, site: site.convolves and _within(bounds, site.groups),
     "parent": lambda patterns, site: matches_any(patterns, site.parent_class),
     "layer": lambda patterns, site: matches_any(patterns, site.layer_class),
 }
@@ -193,8 +194,8 @@ CONDITIONS: dict[str, Callable[[Any, Site], bool]] = {
 
 def _has(key: str, site: Site) -> str:
     """What a site has for the key of a condition."""
-    if site.kind == "linear" and key in ("kernel_size", "stride", "groups"):
-        return "none (it is a linear)"
+    if not site.convolves and key in ("kernel_size", "stride", "groups"):
+        return f"none (it is a {site.kind})"
     if key == "channels":
         return f"{site.in_channels} to {site.out_channels}"
     value = getattr(site, {"parent": "parent_class", "layer": "layer_class"}.get(key, key))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ..discovery.site import Kind
+from ..discovery.kinds import CONV, LINEAR, LayerKind, known_kind
 
 Layer = nn.Conv2d | nn.Linear
 
@@ -46,14 +46,14 @@ _CONVOLUTION = (*_CONV2D[:6], "transposed", "output_padding", "groups")
 _LINEAR = ("input", "weight", "bias")
 _aten = torch.ops.aten
 
-_FUNCTIONS: dict[Any, tuple[Kind, tuple[str, ...]]] = {
-    F.conv2d: ("conv", _CONV2D),
-    torch.conv2d: ("conv", _CONV2D),
-    _aten.conv2d: ("conv", _CONV2D),
-    torch.convolution: ("conv", _CONVOLUTION),
-    _aten.convolution: ("conv", _CONVOLUTION),
-    F.linear: ("linear", _LINEAR),
-    _aten.linear: ("linear", _LINEAR),
+_FUNCTIONS: dict[Any, tuple[LayerKind, tuple[str, ...]]] = {
+    F.conv2d: (CONV, _CONV2D),
+    torch.conv2d: (CONV, _CONV2D),
+    _aten.conv2d: (CONV, _CONV2D),
+    torch.convolution: (CONV, _CONVOLUTION),
+    _aten.convolution: (CONV, _CONVOLUTION),
+    F.linear: (LINEAR, _LINEAR),
+    _aten.linear: (LINEAR, _LINEAR),
 }
 """The functions that may be layers: their kind, and their arguments in order."""
 
@@ -127,7 +127,7 @@ def _signature(node: fx.Node) -> str:
         for name, value in given_to(node).items()
         if name != "input"
     }
-    return f"{kind} {given}"
+    return f"{kind.name} {given}"
 
 
 def _layer_call(
@@ -167,9 +167,9 @@ def _layer(graph_module: fx.GraphModule, node: fx.Node, uses: Counter[int], call
             return f"its {name} is computed as the model runs"
     if given["transposed"]:
         return _TRANSPOSED
-    if kind == "conv":
-        return _conv(weight, bias, given) if weight.dim() == 4 else _OTHER_RANK
-    return _linear(weight, bias) if weight.dim() == 2 else f"its weight has {weight.dim()} axes, not 2"
+    if weight.dim() != 2 + kind.axes:
+        return _OTHER_RANK if kind.convolves else f"its weight has {weight.dim()} axes, not 2"
+    return _holding(kind, weight, bias, given)
 
 
 def _parameter(
@@ -215,45 +215,33 @@ def _is_constant(value: Any) -> bool:
     return isinstance(value, (int, str))
 
 
-def _conv(weight: nn.Parameter, bias: nn.Parameter | None, given: dict[str, Any]) -> nn.Conv2d | str:
-    out_channels, in_channels, k_h, k_w = weight.shape
-    padding = given["padding"] if isinstance(given["padding"], str) else _pair(given["padding"])
+def _holding(kind: LayerKind, weight: nn.Parameter, bias: nn.Parameter | None, given: dict[str, Any]) -> Layer | str:
+    """A layer of that kind that holds these parameters, with the call's other arguments."""
+    out_channels, in_channels, *kernel_size = weight.shape
+    geometry: dict[str, Any] = {}
+    if kind.convolves:
+        in_channels *= given["groups"]
+        geometry = {name: _per_axis(given[name], kind.axes) for name in ("stride", "padding", "dilation")}
+        geometry |= {"kernel_size": tuple(kernel_size), "groups": given["groups"]}
     try:
-        conv = nn.Conv2d(
-            in_channels * given["groups"],
-            out_channels,
-            (k_h, k_w),
-            _pair(given["stride"]),
-            padding,
-            _pair(given["dilation"]),
-            given["groups"],
-            bias is not None,
-            device="meta",
-        )
+        layer = kind.make(in_channels, out_channels, bias=bias is not None, **geometry)
     except ValueError as error:
-        return f"nn.Conv2d does not take its arguments: {error}"
-    return _holding(conv, weight, bias)
-
-
-def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    return _holding(linear, weight, bias)
-
-
-def _holding(layer: Any, weight: nn.Parameter, bias: nn.Parameter | None) -> Any:
+        return f"nn.{kind.plain.__name__} does not take its arguments: {error}"
     layer.weight, layer.bias = weight, bias
     return layer
 
 
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    """Height and width; functions take one number for both, and a list of one."""
-    first, *rest = (value,) if isinstance(value, int) else value
-    return first, rest[0] if rest else first
+def _per_axis(value: int | str | Sequence[int], axes: int) -> tuple[int, ...] | str:
+    """A number for each axis; functions take one number for all, and a list of one. A name of a padding stays."""
+    if isinstance(value, str):
+        return value
+    numbers = (value,) if isinstance(value, int) else tuple(value)
+    return numbers * axes if len(numbers) == 1 else numbers
 
 
 def _obstacle_of_input(call: fx.Node) -> str | None:
     """The obstacle of a linear layer whose samples do not lie along the first axis, as far as symbolic sizes tell."""
-    if _FUNCTIONS[_function(call)][0] != "linear":
+    if _FUNCTIONS[_function(call)][0].convolves:
         return None
     batch: set[Any] = set()
     for node in call.graph.nodes:
@@ -289,7 +277,7 @@ def _places(graph_module: fx.GraphModule, layer: Layer, names: list[str], taken:
     if len(names) != len(own):
         return ()
     (weight,) = (name for name in names if functools.reduce(getattr, name.split("."), graph_module) is layer.weight)
-    beside = weight + ("_conv" if isinstance(layer, nn.Conv2d) else "_linear")
+    beside = f"{weight}_{known_kind(layer).name}"
     owner = beside.rpartition(".")[0]
     name, number = beside, 0
     while name in taken or hasattr(graph_module.get_submodule(owner), name.rpartition(".")[2]):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
 
 from ..discovery.effective import is_plain
+from ..discovery.kinds import kind_of
 from .fused_paths import choose_paths
 
 Edit = tuple[Any, Any, Any]
@@ -108,7 +109,7 @@ def _bind_hooks(hooks: dict[Any, Any], old: nn.Module, new: nn.Module, edits: li
 
 def _carry_members(old: nn.Module, new: nn.Module, made: Collection[str]) -> None:
     """Buffers, parameters and children that were put on a layer. What a class computes its weight from ends in it."""
-    if not isinstance(old, (nn.Conv2d, nn.Linear)):
+    if kind_of(old) is None:
         return  # a module whose members end with it
     taken = {"weight", "bias", "parametrizations", *new._parameters, *new._buffers, *new._modules}
     registries = ("_buffers", "_parameters", "_modules") if made or is_plain(old) else ("_buffers",)

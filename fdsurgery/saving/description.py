@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..discovery.kinds import kind_of
 from ..errors import CheckpointError, near_misses
 from ..finetune import remembered
 from ..operators import BuildError, Wanted, build_layers, get_operator, operator_of
@@ -170,7 +171,7 @@ class Description:
         """
         found = self.find(model)
         for name, layer in found.items():
-            if not isinstance(layer, (nn.Conv2d, nn.Linear)):
+            if kind_of(layer) is None:
                 kind = type(layer).__name__
                 raise CheckpointError(f"{name!r} is a {kind} in this model, not a layer that can be swapped")
         wanted = {name: group for group in self.layers for name in group.shapes if name in found}

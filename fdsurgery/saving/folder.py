@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..allowed import no_larger_than
+from ..discovery.kinds import kind_of
 from ..errors import CheckpointError, SurgeryError, near_misses
 from ..finetune import remember, remembered
 from ..integrations.base import ModelSource, SourceError
@@ -182,7 +183,7 @@ def replacements_for(
         layer = layers[fqn]
         if operator_of(layer) is not None:
             continue
-        if not isinstance(layer, (nn.Conv2d, nn.Linear)):
+        if kind_of(layer) is None:
             raise CheckpointError(f"{where}: {fqn!r} is a {type(layer).__name__}, not a layer that can be swapped")
         wanted.append(Wanted(fqn, layer, entry["operator"], entry["settings"]))
     try:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..discovery.kinds import known_kind
 from ..errors import SurgeryError
 from ..inference import Replayed, without_graphs
 from ..operators import operator_of
@@ -133,6 +134,4 @@ def _signal(layer: nn.Module, output: Tensor) -> float:
     bias: Any = getattr(layer, "bias", None)
     if bias is None or not output.numel():
         return 1.0
-    return (
-        relative_error((bias.view(-1, 1, 1) if isinstance(layer, nn.Conv2d) else bias).expand_as(output), output) or 1.0
-    )
+    return relative_error(known_kind(layer).along_outputs(bias).expand_as(output), output) or 1.0

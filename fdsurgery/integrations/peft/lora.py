@@ -13,6 +13,7 @@ from typing import Any
 from peft.tuners import lora
 from torch import nn
 
+from ...discovery.kinds import convolves
 from ...errors import UnsupportedModelError
 from ...operators import operator_of
 
@@ -84,5 +85,5 @@ def beside(dynamic: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module:
     """
     for name in ("parameter_name", "lora_config"):  # the second as releases before 0.19 call it
         kwargs.pop(name, None)
-    kind = DynamicConv2d if isinstance(dynamic, nn.Conv2d) else DynamicLinear
-    return kind(dynamic, adapter_name, **kwargs)
+    beside_it = DynamicConv2d if convolves(dynamic) else DynamicLinear
+    return beside_it(dynamic, adapter_name, **kwargs)
