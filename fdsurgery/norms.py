@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .discovery import observe
 from .discovery.flow import Flow, Node, shape_of
+from .discovery.kinds import known_kind
 from .discovery.shadow import has_hooks, same_random_numbers
 from .errors import UnsupportedModelError
 from .operators import Operator, operator_of
@@ -188,10 +189,11 @@ def _readings(value: Node, flow: Flow, norms: _Norms) -> Iterator[tuple[Node, No
 
 def _has_channels(value: Node, layer: nn.Module) -> bool:
     """True if the second axis of a value is that of a layer's filters."""
-    shape = shape_of(value) or ()
-    if isinstance(layer, nn.Conv2d):
-        return len(shape) == 4 and value.op == "call_module"
-    return len(shape) == 2 and shape[1] == layer.out_features  # of three axes a norm would take positions for channels
+    shape, kind = shape_of(value) or (), known_kind(layer)
+    if kind.convolves:
+        return len(shape) == 1 + kind.sample_axes and value.op == "call_module"
+    _, features = kind.channels(layer)
+    return len(shape) == 2 and shape[1] == features  # of three axes a norm would take positions for channels
 
 
 # What a norm computes
@@ -209,11 +211,10 @@ def _constants(norm: Any, layer: nn.Module) -> tuple[Tensor, Tensor] | None:
         scale = torch.rsqrt(variance + getattr(twin, "eps", 1e-5))
         scale = scale if weight is None else scale * weight
         shift = -mean * scale if bias is None else bias - mean * scale
-        axes = (3, 2) if isinstance(layer, nn.Conv2d) else ()
-        x = torch.randn(3, len(mean), *axes, dtype=torch.float64, device="cpu")
-        channels = (-1, *[1] * len(axes))
+        kind = known_kind(layer)
+        x = torch.randn(3, len(mean), *range(1 + kind.axes, 1, -1), dtype=torch.float64, device="cpu")
         try:
-            expected = Folded(twin)(x * scale.view(channels) + shift.view(channels))
+            expected = Folded(twin)(x * kind.along_outputs(scale) + kind.along_outputs(shift))
             same = torch.allclose(twin(x), expected, rtol=1e-9, atol=1e-9)
         except Exception:  # a norm of other inputs
             return None
