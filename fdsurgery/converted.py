@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .integrations.ultralytics import network_of
+from .integrations import network_of
 from .operators import operator_of
 from .parameters import entries_of
 from .wrappers import plain_modules

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .discovery.kinds import convolves, known_kind
-
 BATCH = 2
 """Samples in a guessed batch. Two: no axis of size 1 is ever the batch, and one token per sample is not one row."""
 
@@ -115,8 +113,9 @@ def image_channels(model: nn.Module, shape: tuple[int, ...] | None = None) -> li
     declared = setting(model, ("in_chans",))
     if declared is None and shape is not None:
         declared = shape[0]
-    conv = next((module for module in model.modules() if convolves(module)), None)
-    first, _ = known_kind(conv).channels(conv) if conv is not None else (3, None)
+    # Images are read by convolutions of two dimensions, whatever kinds of layers can be swapped.
+    conv = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    first = conv.in_channels if conv is not None else 3
     declared = declared if isinstance(declared, int) else 3
     # A stem that folds pixels into channels has a multiple of the image's channels; anything else is the image's own.
     return distinct([declared, first] if first % declared == 0 else [first, declared])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from fdsurgery.integrations import LIBRARIES
 from fdsurgery.operators import operators, register
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -23,8 +25,14 @@ def forgotten(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
     monkeypatch.setattr(register, "_operators", dict(register._operators))
     monkeypatch.chdir(tmp_path)
     yield
+    LIBRARIES.pop("toynets", None)
+    sys.modules.pop("toynets", None)
 
 
 def test_an_operator() -> None:
     pytest.importorskip("torchvision")
     exec(compile(code_of("add_an_operator.md"), "docs/add_an_operator.md", "exec"), {"__name__": "a_user"})
+
+
+def test_a_library() -> None:
+    exec(compile(code_of("add_a_library.md"), "docs/add_a_library.md", "exec"), {"__name__": "a_user"})
