@@ -1,6 +1,6 @@
 """Frequency Dynamic Convolution (FDConv, CVPR 2025) for PyTorch: exact, general, and nothing but torch."""
 
-from .backend import set_backend
+from .backend import chosen_backend, set_backend
 from .config import FDConfig
 from .flops import LayerCost, layer_cost
 from .layers import FDConv2d, FDLinear
@@ -13,6 +13,7 @@ __all__ = [
     "LayerCost",
     "NeutralWeightWarning",
     "WeightReadError",
+    "chosen_backend",
     "layer_cost",
     "set_backend",
     "strict_weight_reads",

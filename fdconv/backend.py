@@ -19,15 +19,16 @@ _of_block: ContextVar[Backend | None] = ContextVar("_of_block", default=None)
 class set_backend:
     """Choose how all layers of this process compute; in a `with` statement, those that its block calls.
 
-    >>> import fdconv
-    >>> with fdconv.set_backend("torch"):
-    ...     fdconv.chosen_backend()
-    'torch'
-    >>> fdconv.chosen_backend()
-    'auto'
-
     Raises:
         ValueError: there is no such backend.
+
+    Examples:
+        >>> import fdconv
+        >>> with fdconv.set_backend("torch"):
+        ...     fdconv.chosen_backend()
+        'torch'
+        >>> fdconv.chosen_backend()
+        'auto'
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -47,7 +48,13 @@ class set_backend:
 
 
 def chosen_backend() -> Backend:
-    """The backend by which layers compute here."""
+    """The backend by which layers compute here.
+
+    Examples:
+        >>> import fdconv
+        >>> fdconv.chosen_backend()
+        'auto'
+    """
     return _compiled_choice() if torch.compiler.is_compiling() else _choice()
 
 

@@ -15,6 +15,15 @@ class FDConfig:
     """Settings of `FDConv2d` and `FDLinear` (FDConv, CVPR 2025, arXiv 2503.18783; the defaults are the paper's).
 
     Raises `ValueError`, naming the field, for a value outside its range.
+
+    Examples:
+        >>> from fdconv import FDConfig
+        >>> FDConfig(kernel_num=16).to_dict()["kernel_num"]
+        16
+        >>> FDConfig(kernel_num=0)
+        Traceback (most recent call last):
+            ...
+        ValueError: FDConfig.kernel_num must be a whole number from 1, not 0
     """
 
     kernel_num: int = 64

@@ -33,7 +33,14 @@ FLOPS_PER_REAL_POINT = 2.5
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Multiply-adds of a dynamic layer for one sample, by component."""
+    """Multiply-adds of a dynamic layer for one sample, by component.
+
+    Examples:
+        >>> from fdconv import FDConv2d, layer_cost
+        >>> cost = layer_cost(FDConv2d(64, 64, 3, padding=1), (64, 56, 56))
+        >>> f"{cost.added / cost.convolution:.0%}"
+        '26%'
+    """
 
     convolution: int
     """The convolution or matrix product itself: what the static layer costs."""
@@ -80,6 +87,11 @@ def layer_cost(layer: FDConv2d | FDLinear, sample_shape: Sequence[int]) -> Layer
     Args:
         layer: on any device, meta included.
         sample_shape: of the layer's input without the batch axis: `(C_in, H, W)`, or `(..., C_in)` for `FDLinear`.
+
+    Examples:
+        >>> from fdconv import FDLinear, layer_cost
+        >>> layer_cost(FDLinear(64, 256), (49, 64))
+        LayerCost(convolution=802816, heads=7168, spectrum=16896, ...)
     """
     out_channels, in_channels, k_h, k_w = layer._kernel_shape()
     weights = out_channels * in_channels * k_h * k_w

@@ -80,6 +80,15 @@ class FDConv2d(FrequencyDynamic, nn.Conv2d):  # type: ignore[misc, override]  # 
 
     Raises:
         ValueError: for arguments that `nn.Conv2d` refuses, or `config.band_groups` that do not divide `in_channels`.
+
+    Examples:
+        >>> import torch
+        >>> from fdconv import FDConv2d
+        >>> plain = torch.nn.Conv2d(8, 16, 3, padding=1)
+        >>> layer = FDConv2d.from_conv(plain)
+        >>> x = torch.randn(2, 8, 12, 12)
+        >>> torch.allclose(layer(x), plain(x), atol=1e-5)
+        True
     """
 
     static_class: ClassVar[type[nn.Conv2d]] = nn.Conv2d
@@ -196,6 +205,15 @@ class FDLinear(FrequencyDynamic, nn.modules.linear.NonDynamicallyQuantizableLine
     Args:
         in_features: as the other positional arguments, what `nn.Linear` takes.
         config: settings of the operator; the paper's by default.
+
+    Examples:
+        >>> import torch
+        >>> from fdconv import FDConfig, FDLinear
+        >>> layer = FDLinear(16, 32, config=FDConfig(kernel_num=8))
+        >>> layer(torch.randn(2, 49, 16)).shape
+        torch.Size([2, 49, 32])
+        >>> layer.to_linear()
+        Linear(in_features=16, out_features=32, bias=True)
     """
 
     groups = 1

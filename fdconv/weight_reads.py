@@ -32,11 +32,32 @@ class Owner(Protocol):
 
 
 class NeutralWeightWarning(UserWarning):
-    """The static weight of a dynamic layer was computed with, though the layer's modulation is not neutral."""
+    """The static weight of a dynamic layer was computed with, though the layer's modulation is not neutral.
+
+    Examples:
+        >>> import torch, warnings
+        >>> from fdconv import FDLinear
+        >>> layer = FDLinear(8, 8)
+        >>> _ = torch.nn.init.ones_(layer.KSM_Global.filter_fc.bias)  # as training does
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     y = layer.weight @ torch.ones(8)
+        >>> caught[0].category.__name__
+        'NeutralWeightWarning'
+    """
 
 
 class WeightReadError(RuntimeError):
-    """The static weight of a dynamic layer was about to be computed with where that would give wrong results."""
+    """The static weight of a dynamic layer was about to be computed with where that would give wrong results.
+
+    Examples:
+        >>> import torch
+        >>> from fdconv import FDLinear
+        >>> torch.optim.SGD([FDLinear(8, 8).weight], lr=0.1)
+        Traceback (most recent call last):
+            ...
+        fdconv.weight_reads.WeightReadError: the weight of a dynamic layer, FDLinear(8, 8), is computed, and ...
+    """
 
 
 _strict = 0
@@ -51,6 +72,17 @@ def strict_weight_reads() -> Iterator[None]:
 
     Raises:
         WeightReadError: from the code that reads, with the place and the remedy.
+
+    Examples:
+        >>> import torch
+        >>> from fdconv import FDLinear, strict_weight_reads
+        >>> layer = FDLinear(8, 8)
+        >>> _ = torch.nn.init.ones_(layer.KSM_Global.filter_fc.bias)  # as training does
+        >>> with strict_weight_reads():
+        ...     layer.weight @ torch.ones(8)
+        Traceback (most recent call last):
+            ...
+        fdconv.weight_reads.WeightReadError: ... computes with the weight of a dynamic layer, FDLinear(8, 8), ...
     """
     global _strict
     _strict += 1

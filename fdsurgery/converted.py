@@ -47,11 +47,13 @@ class ParameterCount:
     """
 
     all: int
+    """All parameters."""
     trainable: int
-    """Of these, those with `requires_grad`."""
+    """Those with `requires_grad`."""
     modulation: int
-    """Of all, those by which dynamic layers change their weight or their input from sample to sample."""
+    """Those by which dynamic layers change their weight or their input from sample to sample."""
     trainable_modulation: int
+    """Those of the modulation with `requires_grad`."""
 
     def __str__(self) -> str:
         share = 100 * self.trainable / self.all if self.all else 0.0
@@ -73,7 +75,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
         >>> count = fdsurgery.count_parameters(fdsurgery.convert(model))
         >>> count.all, count.modulation
-        (3254, 2094)
+        (3258, 2110)
     """
     entries = list(entries_of(network_of(model)))
     modulation = [entry.parameter for entry in entries if entry.kind == "modulation"]
@@ -102,6 +104,6 @@ def print_trainable_parameters(model: nn.Module) -> None:
         >>> model = fdsurgery.convert(model)
         >>> names = fdsurgery.freeze(model, "modulation")
         >>> fdsurgery.print_trainable_parameters(model)
-        trainable params: 2,094 || all params: 3,254 || trainable%: 64.3516 || modulation params: ...
+        trainable params: 2,110 || all params: 3,258 || trainable%: 64.7637 || modulation params: ...
     """
     print(count_parameters(model))

@@ -28,10 +28,6 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for any torch optimizer: with decay and without, and one such pair a layer with `layer_decay`.
 
-    ```python
-    optimizer = torch.optim.AdamW(fdsurgery.param_groups(model, lr=1e-4, weight_decay=0.05))
-    ```
-
     They are those of the plain model: what stands in a weight's place, the spectrum and the weights of the modulation,
     has the weight's rate and decay. Decay of the modulation draws it towards neutral, so towards the static layer. Not
     decayed are parameters whose size means something: biases (those of the gates too), norms, scalars, vectors such as
@@ -53,6 +49,16 @@ def param_groups(
     Raises:
         UnsupportedModelError: layer decay for a model that does not tell its layers.
         ValueError: `layer_decay` is not above 0 and at most 1.
+
+    Examples:
+        >>> import torch, fdsurgery
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        >>> model = fdsurgery.convert(model)
+        >>> groups = fdsurgery.param_groups(model, lr=1e-4, weight_decay=0.05)
+        >>> [(group["name"], group["weight_decay"]) for group in groups]
+        [('decay', 0.05), ('no decay', 0.0)]
+        >>> optimizer = torch.optim.AdamW(groups)
     """
     model = network_of(inner_of(model))
     decay = FineTune.from_dict({"layer_decay": layer_decay}).over(remembered(model)).layer_decay
@@ -92,11 +98,6 @@ def forget(model: nn.Module) -> None:
 def freeze(model: nn.Module, train: str | Sequence[str]) -> list[str]:
     """Choose the parameters that train, and freeze all others. Call it before DDP and before making the optimizer.
 
-    ```python
-    fdsurgery.freeze(model, "modulation")  # of fdconv layers, what the authors' code calls `need_grad_list`
-    fdsurgery.freeze(model, ["modulation", "fc.*"])  # and a new classifier
-    ```
-
     Only `requires_grad` changes. BatchNorms of frozen parts go on updating their statistics in training mode, as
     everywhere in torch, unless `eval()` is called on them.
 
@@ -112,6 +113,15 @@ def freeze(model: nn.Module, train: str | Sequence[str]) -> list[str]:
 
     Raises:
         FineTuningError: a word or pattern means no parameter, or there is none. Nothing was changed.
+
+    Examples:
+        >>> from torch import nn
+        >>> import fdsurgery
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        >>> model = fdsurgery.convert(model)
+        >>> names = fdsurgery.freeze(model, ["modulation", "4.*"])  # and a new head
+        >>> names[0], names[-1]
+        ('2.KSM_Global.fc.weight', '4.bias')
     """
     entries = list(entries_of(model))
     names: dict[nn.Parameter, list[str]] = {}

@@ -33,11 +33,6 @@ Capture = Callable[[Run], tuple[Callable[[], None], Any]]
 def compile_for_inference(model: nn.Module, *, example_inputs: Any = None) -> nn.Module:
     """A copy of a converted model that only infers, and does so faster.
 
-    ```python
-    fast = fdsurgery.compile_for_inference(model)
-    logits = fast(images)
-    ```
-
     What depends on no input is computed once: batch norms are folded into the dynamic layers before them, as by
     `fuse_norms`, the norms and heads of the global branch become two maps, and on CPUs spectra lie as the compiled
     kernels read them. On an NVIDIA GPU each new combination of input shapes is recorded
@@ -56,6 +51,16 @@ def compile_for_inference(model: nn.Module, *, example_inputs: Any = None) -> nn
         UnsupportedModelError: the model has no dynamic layers, is prepared already, or is wrapped, compiled, quantised
             or scripted.
         DiscoveryError: the model does not run with `example_inputs`.
+
+    Examples:
+        >>> import torch, fdsurgery
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        >>> model = fdsurgery.convert(model).eval()
+        >>> fast = fdsurgery.compile_for_inference(model)
+        >>> images = torch.randn(2, 3, 16, 16)
+        >>> torch.allclose(fast(images), model(images), atol=1e-5)
+        True
     """
     refuse_unsupported(model)
     if all(operator_of(layer) is None for layer in model.modules()):

@@ -25,10 +25,6 @@ from .saving.description import describe
 def fuse_norms(model: nn.Module, *, example_inputs: Any = None) -> nn.Module:
     """Fold each norm that follows a dynamic layer into that layer, for inference. The outputs do not change.
 
-    ```python
-    model = fdsurgery.fuse_norms(model.eval())
-    ```
-
     In evaluation mode a batch norm multiplies each channel by a constant and adds another. So does the layer from then
     on (`scale_filters`), whatever its modulation is, and something that does nothing stands in the norm's place; what
     timm's norms do besides, dropout and activation, stays. What torch's own `fuse_conv_bn_eval`, `model.fuse()` and
@@ -50,6 +46,14 @@ def fuse_norms(model: nn.Module, *, example_inputs: Any = None) -> nn.Module:
         UnsupportedModelError: the model is in training mode, has no dynamic layers or no values, was prepared for
             inference already, or is wrapped, compiled, quantised or scripted.
         DiscoveryError: the model could not be observed.
+
+    Examples:
+        >>> from torch import nn
+        >>> import fdsurgery
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3))
+        >>> model = fdsurgery.convert(model).eval()
+        >>> any(isinstance(module, nn.BatchNorm2d) for module in fdsurgery.fuse_norms(model).modules())
+        False
     """
     refuse_unsupported(model)
     _refuse_unready(model)

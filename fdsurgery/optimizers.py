@@ -21,12 +21,6 @@ def optimizer_after_surgery(optimizer: OptimizerT, model: nn.Module, before: Map
 
     `convert(model, optimizers=optimizer)` does it in the same call. This is for a model that was converted already:
 
-    ```python
-    before = dict(model.named_parameters())
-    fdsurgery.convert(model)
-    fdsurgery.optimizer_after_surgery(optimizer, model, before)
-    ```
-
     Parameters that stayed keep their state (momentum, moments, steps), and so do the biases of swapped layers, which
     are the same numbers in new tensors. Weights that left are taken out with their state. In their place, in their
     group and with its settings, are the spectrum and the modulation that replaced them, without state. What
@@ -47,6 +41,17 @@ def optimizer_after_surgery(optimizer: OptimizerT, model: nn.Module, before: Map
     Raises:
         FineTuningError: the optimizer is LBFGS or Muon, or not of this model; `before` is not from before the
             conversion; or the model has other new parameters than those of dynamic layers. Nothing was changed.
+
+    Examples:
+        >>> import torch, fdsurgery
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        >>> before = dict(model.named_parameters())
+        >>> model = fdsurgery.convert(model)
+        >>> optimizer = fdsurgery.optimizer_after_surgery(optimizer, model, before)
+        >>> set(optimizer.param_groups[0]["params"]) == set(model.parameters())
+        True
     """
     Repair.of(optimizer, model, before).carry_out()
     return optimizer

@@ -22,7 +22,14 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of one site."""
+    """What becomes of one site.
+
+    Examples:
+        >>> import timm, fdsurgery
+        >>> decision = fdsurgery.plan(timm.create_model("test_resnet")).decisions[0]
+        >>> decision.site.name, decision.swap, decision.reason, decision.rule
+        ('conv1.0', False, 'the paper keeps the stem', 'resnet.yaml:12')
+    """
 
     site: Site
     reason: str
@@ -73,7 +80,23 @@ def _as_saved(decision: Decision) -> Decision:
 
 @dataclass(frozen=True)
 class Plan:
-    """The decision for every site of a model. Printable, comparable, and savable as plain JSON types."""
+    """The decision for every site of a model. Printable, comparable, and savable as plain JSON types.
+
+    Examples:
+        >>> import timm, fdsurgery
+        >>> plan = fdsurgery.plan(timm.create_model("test_resnet"))
+        >>> len(plan.sites), len(plan.swaps), len(plan.kept)
+        (16, 9, 7)
+        >>> plan.parameters_added, plan.multiply_adds, plan.multiply_adds_added
+        (72902, 102547200, 31208732)
+        >>> print(plan)
+                                                                                                   multiply-
+        site            kind           shape        decision      rule or reason   parameters       adds
+        conv1.0         conv, stem     3→16 3x3 /2  keep          the paper keeps the stem (resnet.yaml:12)
+        ...
+        layer1.0.conv1  conv, spatial  32→32 3x3    swap: fdconv  resnet.yaml:18       +4,846    +6.09 M
+        ...
+    """
 
     recipe: str
     """Name of the recipe."""
@@ -123,7 +146,15 @@ class Plan:
         return sum(decision.multiply_adds_added for decision in self.swaps)
 
     def exclude(self, pattern: str, reason: str) -> Plan:
-        """This plan with the swaps whose name matches a glob kept instead. Raises `PlanError` if none does."""
+        """This plan with the swaps whose name matches a glob kept instead. Raises `PlanError` if none does.
+
+        Examples:
+            >>> import timm, fdsurgery
+            >>> plan = fdsurgery.plan(timm.create_model("test_resnet"))
+            >>> shorter = plan.exclude("layer4.*", reason="the last stage stays static")
+            >>> len(plan.swaps), len(shorter.swaps)
+            (9, 7)
+        """
         kept = [decision.site.name for decision in self.swaps if fnmatchcase(decision.site.name, pattern)]
         if not kept:
             names = [decision.site.name for decision in self.swaps]
@@ -132,7 +163,15 @@ class Plan:
         return replace(self, decisions=resolved(tuple(left)))
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain JSON types."""
+        """The plan as plain JSON types.
+
+        Examples:
+            >>> import json, timm, fdsurgery
+            >>> plan = fdsurgery.plan(timm.create_model("test_resnet"))
+            >>> text = json.dumps(plan.to_dict())
+            >>> fdsurgery.Plan.from_dict(json.loads(text)) == plan
+            True
+        """
         return {
             "format": FORMAT,
             "recipe": self.recipe,
@@ -146,7 +185,15 @@ class Plan:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Plan:
-        """Undo `to_dict`. Raises `PlanError` for data that is not a plan of a version this library knows."""
+        """Undo `to_dict`. Raises `PlanError` for data that is not a plan of a version this library knows.
+
+        Examples:
+            >>> import fdsurgery
+            >>> fdsurgery.Plan.from_dict({"format": 7})
+            Traceback (most recent call last):
+                ...
+            fdsurgery.errors.PlanError: not a plan of format 1: found 7
+        """
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise PlanError(f"not a plan of format {FORMAT}: found {found!r}")
@@ -168,7 +215,14 @@ class Plan:
             raise PlanError(f"the plan is damaged: {error}") from None
 
     def summary(self) -> str:
-        """One line: how much is swapped, by which recipe, at what cost."""
+        """One line: how much is swapped, by which recipe, at what cost.
+
+        Examples:
+            >>> import timm, fdsurgery
+            >>> print(fdsurgery.plan(timm.create_model("test_resnet")).summary())
+            ResNet: 9 of 16 sites swapped, +72,902 parameters, +31.21 M multiply-adds a sample (+30% of 102.55 M)
+            (recipe resnet: recognised as timm test_resnet)
+        """
         added = f"+{in_units(self.multiply_adds_added)} multiply-adds a sample"
         untold = sorted({str(one.operator) for one in self.swaps if not one.multiply_adds_by_component})
         if untold:
@@ -181,7 +235,15 @@ class Plan:
         )
 
     def rest(self) -> str:
-        """One line on the layers that are no sites; empty if there are none."""
+        """One line on the layers that are no sites; empty if there are none.
+
+        Examples:
+            >>> import torch, fdsurgery
+            >>> from torch import nn
+            >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.ConvTranspose2d(8, 4, 2))
+            >>> fdsurgery.plan(model, example_inputs=torch.randn(2, 3, 16, 16)).rest()
+            '1 x ConvTranspose2d: not layers that can be swapped'
+        """
         if not self.left_out:
             return ""
         counts = ", ".join(f"{count} x {name}" for name, count in self.left_out.items())

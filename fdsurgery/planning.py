@@ -48,6 +48,13 @@ def plan(
         RecipeError: the recipe is broken, a rule of it matches no site, or an override is no setting.
         DiscoveryError: the model could not be run; pass `example_inputs`.
         UnsupportedModelError: the model is wrapped, compiled, quantised or scripted.
+
+    Examples:
+        >>> import timm, fdsurgery
+        >>> plan = fdsurgery.plan(timm.create_model("test_resnet"), kernel_num=16)
+        >>> print(plan.summary())
+        ResNet: 9 of 16 sites swapped, +65,558 parameters, +31.20 M multiply-adds a sample (+30% of 102.55 M)
+        (recipe resnet: recognised as timm test_resnet)
     """
     return plan_and_observation(model, recipe, example_inputs, overrides)[0]
 

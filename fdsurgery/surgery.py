@@ -40,10 +40,6 @@ def convert(
 ) -> nn.Module:
     """Swap the layers of a model that a recipe names for dynamic ones. The outputs do not change.
 
-    ```python
-    model = fdsurgery.convert(timm.create_model("convnext_tiny", pretrained=True))
-    ```
-
     Args:
         model: changed in place; keeps its class, signature, device, dtype, mode, hooks and `requires_grad`. In a
             `torch.fx.GraphModule`, also of `torch.export.export(...).module()`, functional convolutions and linears are
@@ -60,6 +56,12 @@ def convert(
 
     Raises:
         SurgeryError: see `plan` and `apply`; the model is then bit for bit as it was, and so are the optimizers.
+
+    Examples:
+        >>> import timm, fdsurgery
+        >>> model = fdsurgery.convert(timm.create_model("test_resnet"))
+        >>> list(fdsurgery.dynamic_layers(model))[:2]
+        ['layer1.0.conv1', 'layer1.0.conv2']
     """
     if isinstance(model, fx.GraphModule):
         with calls_as_modules(model) as calls:
@@ -95,6 +97,14 @@ def apply(plan: Plan, model: nn.Module, *, optimizers: Optimizer | Iterable[Opti
         FineTuningError: an optimizer cannot take the new parameters, or is not of this model; nothing was changed.
         RewriteError: a new layer could not be built or is never called; the model is bit for bit as it was.
         UnsupportedModelError: the model is wrapped, compiled, quantised, scripted or offloaded.
+
+    Examples:
+        >>> import timm, fdsurgery
+        >>> model = timm.create_model("test_resnet")
+        >>> plan = fdsurgery.plan(model).exclude("layer[34].*", "the last stages stay static")
+        >>> model = fdsurgery.apply(plan, model)
+        >>> list(fdsurgery.dynamic_layers(model))
+        ['layer1.0.conv1', 'layer1.0.conv2', 'layer2.0.conv1', 'layer2.0.conv2']
     """
     if (network := network_of(model)) is not model:
         apply(plan, network, optimizers=optimizers)
@@ -150,6 +160,14 @@ def restore(model: nn.Module) -> nn.Module:
 
     Returns:
         The same object.
+
+    Examples:
+        >>> from torch import nn
+        >>> import fdsurgery
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        >>> model = fdsurgery.convert(model)
+        >>> fdsurgery.restore(model)[2]
+        Conv2d(8, 8, kernel_size=(3, 3), stride=(1, 1))
     """
     if (network := network_of(model)) is not model:
         restore(network)

@@ -22,6 +22,13 @@ def settle_(model: nn.Module, *batch: Any) -> nn.Module:
 
     Returns:
         The same object, in eval mode.
+
+    Examples:
+        >>> import timm, torch, fdsurgery
+        >>> model = timm.create_model("test_resnet")
+        >>> model = fdsurgery.testing.settle_(model, torch.randn(2, 3, 64, 64))
+        >>> model.training
+        False
     """
     for name, parameter in model.named_parameters():
         constant = parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all())

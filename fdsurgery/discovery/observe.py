@@ -71,6 +71,14 @@ def sites(model: nn.Module, example_inputs: Any = None) -> tuple[Site, ...]:
 
     Raises:
         DiscoveryError: the model's forward ran with no inputs that could be guessed, or not with those given.
+
+    Examples:
+        >>> import torch, fdsurgery
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        >>> sites = fdsurgery.sites(model, torch.randn(2, 3, 16, 16))
+        >>> [(site.name, site.role) for site in sites]
+        [('0', 'stem'), ('2', 'spatial'), ('4', 'head')]
     """
     return observe(model, example_inputs).sites
 

@@ -31,6 +31,12 @@ class Site:
     `name` is the fully qualified name as `model.named_modules()` gives it first; `aliases` are the other names
     of the same module object. For a linear layer `kernel_size`, `stride` and `dilation` are `(1, 1)`, `groups` 1,
     and channels are features. `input_shape` is the shape of the first call's input, batch first.
+
+    Examples:
+        >>> import timm, fdsurgery
+        >>> site = fdsurgery.sites(timm.create_model("test_resnet"))[3]
+        >>> site.name, site.role, site.kernel_size, site.input_shape
+        ('layer1.0.conv1', 'spatial', (3, 3), (2, 32, 40, 40))
     """
 
     name: str

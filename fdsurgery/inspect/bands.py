@@ -21,6 +21,15 @@ def band_maps(model: nn.Module, *inputs: Any) -> dict[str, Tensor]:
     Returns:
         By the layer's name, in the order of the calls: `(B, band_groups, maps, H, W)` at the size of the layer's
         input, the map of the highest band first, neutral at 1. Of a layer that is called again, those of its last call.
+
+    Examples:
+        >>> import torch
+        >>> from fdconv import FDConv2d
+        >>> from fdsurgery.inspect import band_maps
+        >>> model = torch.nn.Sequential(FDConv2d(8, 8, 3))
+        >>> maps = band_maps(model, torch.randn(2, 8, 16, 16))
+        >>> {name: tuple(of_layer.shape) for name, of_layer in maps.items()}
+        {'0': (2, 1, 3, 16, 16)}
     """
     found: dict[str, Tensor] = {}
 

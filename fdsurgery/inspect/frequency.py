@@ -20,6 +20,14 @@ def kernel_response(weight: Tensor, size: int = 64) -> Tensor:
 
     Returns:
         `(size, size)`, float64; index `size // 2` is frequency 0, index 0 half a cycle a pixel.
+
+    Examples:
+        >>> import torch
+        >>> from fdsurgery.inspect import kernel_response
+        >>> blur = torch.ones(1, 1, 3, 3) / 9
+        >>> response = kernel_response(blur)
+        >>> round(float(response[32, 32]), 3), round(float(response[0, 0]), 3)
+        (1.0, 0.111)
     """
     kernels = weight.detach().to("cpu").reshape(-1, *weight.shape[-2:])
     total = torch.zeros(size, size, dtype=torch.float64, device="cpu")
@@ -36,6 +44,13 @@ def radial_profile(response: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Radii in cycles a pixel from 0 to 0.5, and the mean of the response at each; both `(size // 2 + 1,)`.
+
+    Examples:
+        >>> import torch
+        >>> from fdsurgery.inspect import kernel_response, radial_profile
+        >>> radii, profile = radial_profile(kernel_response(torch.ones(1, 1, 3, 3) / 9))
+        >>> float(radii[-1]), bool(profile[0] > profile[-1])
+        (0.5, True)
     """
     size = len(response)
     axis = torch.arange(size, dtype=torch.int64, device=response.device) - size // 2

@@ -28,6 +28,15 @@ class Operator:
 
     An operator needs `name`, `settings`, `owns`, `settings_of`, `restore`, and `replace` or `build`; every other method
     has a default that is right for an operator that does nothing special there.
+
+    Examples:
+        >>> import fdsurgery
+        >>> class Mine(fdsurgery.Operator):  # see "Add an operator" for a whole one
+        ...     name = "mine"
+        ...     def settings(self, values):
+        ...         return {"kernels": 4, **values}
+        >>> Mine().settings_schema()
+        {'kernels': {'description': 'mine: default 4'}}
     """
 
     name: str

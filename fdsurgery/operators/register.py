@@ -33,13 +33,6 @@ _loaded: set[str] = set()
 def register_operator(operator: OperatorT) -> OperatorT:
     """Make an operator known, so that recipes, plans and saved models may name it.
 
-    >>> import fdsurgery
-    >>> class Mine(fdsurgery.Operator):
-    ...     name = "fdconv"
-    >>> fdsurgery.register_operator(Mine())
-    Traceback (most recent call last):
-    fdsurgery.errors.SurgeryError: an operator called 'fdconv' is registered already, by fdsurgery.operators.fdconv
-
     Args:
         operator: an instance of a subclass of `Operator`. Registering one of the same class again takes its place.
 
@@ -48,6 +41,15 @@ def register_operator(operator: OperatorT) -> OperatorT:
 
     Raises:
         SurgeryError: it is no operator, its name is no name, or another operator has it.
+
+    Examples:
+        >>> import fdsurgery
+        >>> class Mine(fdsurgery.Operator):
+        ...     name = "fdconv"
+        >>> fdsurgery.register_operator(Mine())
+        Traceback (most recent call last):
+            ...
+        fdsurgery.errors.SurgeryError: an operator called 'fdconv' is registered already, by fdsurgery.operators.fdconv
     """
     if not isinstance(operator, Operator):
         what = f"the class {operator.__name__}" if isinstance(operator, type) else f"a {type(operator).__name__}"

@@ -33,7 +33,13 @@ _MOST_BYTES = 1_000_000
 
 
 def shipped_recipes() -> dict[str, Traversable]:
-    """The recipes that come with the library: their YAML files by name."""
+    """The recipes that come with the library: their YAML files by name.
+
+    Examples:
+        >>> import fdsurgery
+        >>> list(fdsurgery.shipped_recipes())
+        ['clip', 'convnext', ...]
+    """
     folder = importlib.resources.files("fdsurgery") / "recipes"
     if not folder.is_dir():  # in a checkout they lie beside the package
         folder = importlib.resources.files("fdsurgery") / ".." / "recipes"
@@ -52,6 +58,12 @@ def load_recipe(recipe: str | Path) -> Recipe:
 
     Raises:
         RecipeError: there is no such recipe, or it is broken; the message names file, line, column and key.
+
+    Examples:
+        >>> import fdsurgery
+        >>> recipe = fdsurgery.load_recipe("resnet")
+        >>> [rule.describe() for rule in recipe.swap]
+        ['kind conv, role spatial or pointwise, kernel_size 1x1 or 3x3, channels from 17']
     """
     origin = _find(recipe)
     return _resolve(_parse(origin), (origin,))

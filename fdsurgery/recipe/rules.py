@@ -194,7 +194,16 @@ class FineTune(Entry):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Rules for a family of models, inherited ones included. Made by `load_recipe`."""
+    """Rules for a family of models, inherited ones included. Made by `load_recipe`.
+
+    Examples:
+        >>> import fdsurgery
+        >>> recipe = fdsurgery.load_recipe("resnet")
+        >>> for rule in recipe.keep[:2]:
+        ...     print(f"{rule.where.describe()}: {rule.because} ({rule.label})")
+        role stem: the paper keeps the stem (resnet.yaml:12)
+        name conv1.* or stem.*: part of a stem of several layers (resnet.yaml:13)
+    """
 
     name: str
     description: str = ""

@@ -60,6 +60,13 @@ def save(model: nn.Module, folder: str | Path, *, source: ModelSource | None = N
 
     Raises:
         CheckpointError: the model has no dynamic layers, does not say how it was built, or the folder is in use.
+
+    Examples:
+        >>> import timm, fdsurgery
+        >>> model = fdsurgery.convert(timm.create_model("test_resnet"))
+        >>> folder = fdsurgery.save(model, "resnet-fdconv")
+        >>> sorted(path.name for path in folder.iterdir())
+        ['fdsurgery.json', 'model.safetensors']
     """
     with unwrapped(model) as plain_named:
         return _save(plain_named, Path(folder), source, plan)
@@ -117,6 +124,14 @@ def load(folder: str | Path, *, model: nn.Module | None = None, device: torch.de
 
     Raises:
         CheckpointError: the folder is no save, is damaged, or does not fit the model.
+
+    Examples:
+        >>> import timm, torch, fdsurgery
+        >>> model = fdsurgery.convert(timm.create_model("test_resnet")).eval()
+        >>> again = fdsurgery.load(fdsurgery.save(model, "resnet-fdconv"))
+        >>> images = torch.randn(1, 3, 64, 64)
+        >>> torch.allclose(again(images), model(images), atol=1e-6)
+        True
     """
     folder = Path(folder)
     description = _read_description(folder)

@@ -61,6 +61,15 @@ def save_pretrained(
     Raises:
         CheckpointError: the model has no dynamic layers, the plan or the verification is of another model, or the
             folder cannot be written; it is then as it was.
+
+    Examples:
+        >>> import fdsurgery
+        >>> from transformers import ResNetConfig, ResNetForImageClassification
+        >>> config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic")
+        >>> model = fdsurgery.convert(ResNetForImageClassification(config))
+        >>> folder = fdsurgery.save_pretrained(model, "resnet-fdconv")
+        >>> sorted(path.name for path in folder.iterdir())
+        ['README.md', 'config.json', 'model.safetensors']
     """
     folder = Path(folder)
     with unwrapped(model) as plain_named:
@@ -116,6 +125,15 @@ def from_pretrained(folder_or_repo: str | Path, **kwargs: Any) -> nn.Module:
     Raises:
         CheckpointError: there is no such folder or repository, it holds no converted model, or it is damaged.
         SourceError: for a folder of `fdsurgery.save`, the library that the model comes from is not installed.
+
+    Examples:
+        >>> import fdsurgery
+        >>> from transformers import ResNetConfig, ResNetForImageClassification
+        >>> config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic")
+        >>> model = fdsurgery.convert(ResNetForImageClassification(config))
+        >>> again = fdsurgery.from_pretrained(fdsurgery.save_pretrained(model, "resnet-fdconv"))
+        >>> list(fdsurgery.dynamic_layers(again))[0]
+        'resnet.encoder.stages.1.layers.0.layer.1.convolution'
     """
     folder = _local(folder_or_repo, {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs})
     config = _read_config(folder)

@@ -9,7 +9,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LayerVerification:
-    """What `verify` measured of one swapped layer."""
+    """What `verify` measured of one swapped layer.
+
+    Examples:
+        >>> import copy, torch, fdsurgery
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        >>> before = copy.deepcopy(model)
+        >>> checked = fdsurgery.verify(before, fdsurgery.convert(model), torch.randn(2, 3, 16, 16))
+        >>> [(layer.fqn, layer.calls, layer.reaches_output) for layer in checked.layers]
+        [('2', 1, True)]
+    """
 
     fqn: str
     relative_error: float | None
@@ -33,7 +43,17 @@ class LayerVerification:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` measured; `print` shows the verdict with its evidence."""
+    """What `verify` measured; `print` shows the verdict with its evidence.
+
+    Examples:
+        >>> import copy, torch, fdsurgery
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        >>> before = copy.deepcopy(model)
+        >>> checked = fdsurgery.verify(before, fdsurgery.convert(model), torch.randn(2, 3, 16, 16))
+        >>> checked.ok, checked.relative_error < checked.tolerance, checked.worst.fqn
+        (True, True, '2')
+    """
 
     relative_error: float
     """Of the outputs: largest 2-norm of a difference over the 2-norm of the output before; infinite if the shapes
