@@ -97,7 +97,7 @@ def answer(layer: nn.Module, x: Tensor, weight: Callable[[nn.Module], Tensor] | 
 
 
 def reference(layer: nn.Module, x: Tensor) -> Answer:
-    """The answer in float64 by the composite operations, in no particular surroundings."""
+    """The answer in float64 by the reference, in no particular surroundings."""
     exact = copy.deepcopy(layer).double()
     assert isinstance(exact, (FDConv2d, FDLinear))
 

@@ -33,7 +33,7 @@ def test_an_installed_wheel_finds_its_recipes(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     recipes = {f"fdsurgery/recipes/{file.name}" for file in (ROOT / "recipes").glob("*.yaml")}
     assert recipes and recipes <= names
-    assert {"fdsurgery/py.typed", "fdconv/py.typed", "fdconv/cpu_kernels.cpp"} <= names
+    assert {"fdsurgery/py.typed", "fdconv/py.typed", "fdconv/cpu/kernels.cpp"} <= names
     assert all(name.startswith(("fdsurgery/", "fdconv/", "fdsurgery-")) for name in names)
 
     target = tmp_path / "site-like"
