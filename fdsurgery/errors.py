@@ -132,3 +132,9 @@ def no_such_key(key: str, known: Iterable[str]) -> str:
     """What to say of a key that is none of `known`."""
     names = list(known)
     return f"no such key; known: {', '.join(names)}{near_misses(key, names)}"
+
+
+def first_lines(error: BaseException) -> str:
+    """The first three lines of what an error says, as one; its class if it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3]) or type(error).__name__

@@ -20,7 +20,14 @@ class SourceError(SurgeryError):
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Enough to build the plain model again, without its weights."""
+    """Enough to build the plain model again, without its weights.
+
+    Examples:
+        >>> import fdsurgery
+        >>> source = fdsurgery.ModelSource("timm", "resnet18", {"num_classes": 10})
+        >>> fdsurgery.ModelSource.from_dict(source.to_dict()) == source
+        True
+    """
 
     library: str
     """Its name in the register of libraries, such as `timm`, `transformers`, `torchvision` or `file`."""

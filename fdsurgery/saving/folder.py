@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..allowed import no_larger_than
 from ..discovery.kinds import kind_of
-from ..errors import CheckpointError, SurgeryError, near_misses
+from ..errors import CheckpointError, SurgeryError, first_lines, near_misses
 from ..finetune import remember, remembered
 from ..integrations.base import ModelSource, SourceError
 from ..likeness import first_difference
@@ -38,6 +38,7 @@ from ..wrappers import unwrapped
 from .atomic import replace_files, replace_folder, scratch_beside
 from .description import Origin, check_plan, describe
 from .source import infer, library_of_source, rebuild
+from .tensors import match_dtypes, named_tensors, tensors_once, under_every_name, unsaved_dtypes
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
@@ -76,7 +77,7 @@ def _save(model: nn.Module, folder: Path, source: ModelSource | None, plan: Plan
     layers = described_layers(model)
     if not layers:
         raise CheckpointError("the model has no dynamic layers; convert it first, or save it as you would without us")
-    tensors = _tensors_once(model)
+    tensors = tensors_once(model)
     check_plan(plan, model)
     describe(model, None if plan is None else Origin.of(plan, model))  # layers may have been put back by hand since
     source = infer(model) if source is None else source
@@ -91,7 +92,7 @@ def _save(model: nn.Module, folder: Path, source: ModelSource | None, plan: Plan
         "source": source.to_dict(),
         "layers": layers,
         "folded": folded_norms(model),
-        "buffers": _unsaved_dtypes(model),
+        "buffers": unsaved_dtypes(model),
         "finetune": remembered(model).to_dict(),
         "plan": None if plan is None else plan.to_dict(),
     }
@@ -142,16 +143,16 @@ def load(folder: str | Path, *, model: nn.Module | None = None, device: torch.de
             model = _rebuilt(ModelSource.from_dict(description["source"]), tensors, folder)
         replacements = replacements_for(model, description["layers"], folder / DESCRIPTION, tensors)
         replacements |= _folded(folder / DESCRIPTION, model, description.get("folded", []))
-        before = [(tensor, tensor.data, tensor.data.clone()) for _, tensor in _named_tensors(model) if given]
+        before = [(tensor, tensor.data, tensor.data.clone()) for _, tensor in named_tensors(model) if given]
         try:
             with swapped(model, replacements):
-                full = _under_every_name(tensors, model)
-                _match_dtypes(model, full, description.get("buffers") or {})
+                full = under_every_name(tensors, model)
+                match_dtypes(model, full, description.get("buffers") or {})
                 model.load_state_dict(full, strict=True)
         except (RuntimeError, NotImplementedError) as error:
             for tensor, data, values in before:  # the caller's model is his as it was
                 tensor.data = data.copy_(values)
-            raise CheckpointError(f"{folder / WEIGHTS} does not fit the model: {_first_lines(error)}") from error
+            raise CheckpointError(f"{folder / WEIGHTS} does not fit the model: {first_lines(error)}") from error
         remember(model, FineTune.from_dict(description.get("finetune", {})))
         plan = description.get("plan")
         recipe = plan.get("recipe") if isinstance(plan, dict) else None
@@ -159,7 +160,7 @@ def load(folder: str | Path, *, model: nn.Module | None = None, device: torch.de
         try:
             return model.to(device).eval()
         except (RuntimeError, AssertionError) as error:
-            raise CheckpointError(f"the model cannot be put on {device!r}: {_first_lines(error)}") from error
+            raise CheckpointError(f"the model cannot be put on {device!r}: {first_lines(error)}") from error
 
 
 def described_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -209,9 +210,9 @@ def replacements_for(
         made = build_layers(wanted)
     except BuildError as error:
         cause = error.__cause__ or error
-        raise CheckpointError(f"{where}: {error.name!r} cannot be made dynamic: {_first_lines(cause)}") from error
+        raise CheckpointError(f"{where}: {error.name!r} cannot be made dynamic: {first_lines(cause)}") from error
     except SurgeryError as error:
-        raise CheckpointError(f"{where}: {_first_lines(error)}") from error
+        raise CheckpointError(f"{where}: {first_lines(error)}") from error
     return {layers[fqn]: layer for fqn, layer in made.items()}
 
 
@@ -244,7 +245,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except Exception as error:  # a damaged header can make the reader fail in any way
-        raise CheckpointError(f"{path} is no whole safetensors file: {_first_lines(error)}") from error
+        raise CheckpointError(f"{path} is no whole safetensors file: {first_lines(error)}") from error
 
 
 def _rebuilt(source: ModelSource, tensors: dict[str, Tensor], folder: Path) -> nn.Module:
@@ -255,38 +256,6 @@ def _rebuilt(source: ModelSource, tensors: dict[str, Tensor], folder: Path) -> n
         rebuild(source)  # without memory first; some builders cannot run there
     with no_larger_than(len(tensors), held, where):
         return rebuild(source)
-
-
-def _match_dtypes(model: nn.Module, tensors: dict[str, Tensor], buffers: dict[str, Any]) -> None:
-    """Give each tensor of a model the type in which it was saved."""
-    wanted = {name: tensor.dtype for name, tensor in tensors.items()}
-    for name, code in buffers.items():
-        if isinstance(dtype := getattr(torch, str(code), None), torch.dtype):
-            wanted[name] = dtype
-    for name, tensor in _named_tensors(model):
-        dtype = wanted.get(name, tensor.dtype)
-        if dtype != tensor.dtype:
-            tensor.data = tensor.data.to(dtype)
-
-
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
-def _unsaved_dtypes(model: nn.Module) -> dict[str, str]:
-    """The types of the real buffers that a state dict leaves out, where they are not the usual one."""
-    saved = model.state_dict(keep_vars=True)
-    return {
-        name: str(buffer.dtype).removeprefix("torch.")
-        for name, buffer in model.named_buffers()
-        if name not in saved and buffer.is_floating_point() and buffer.dtype != torch.float32
-    }
-
-
-def _first_lines(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:3]) or type(error).__name__
 
 
 def _folded(where: Path, model: nn.Module, names: list[str]) -> dict[nn.Module, nn.Module]:
@@ -319,41 +288,6 @@ def _describe_the_same(fresh: Path, folder: Path) -> bool:
     except CheckpointError:
         return False
     return all(ours.get(key) == theirs.get(key) for key in ("format", "source", "layers", "folded", "buffers"))
-
-
-def _tensors_once(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict as safetensors takes it: shared tensors under their first name only, no overlapping memory."""
-    names: dict[int, str] = {}
-    storages: set[int] = set()
-    tensors: dict[str, Tensor] = {}
-    try:
-        state = model.state_dict(keep_vars=True)
-    except RuntimeError as error:  # as of a model that was prepared for inference
-        raise CheckpointError(f"the model gives no state dict: {_first_lines(error)}") from error
-    for name, tensor in state.items():
-        if not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{name!r} is a {type(tensor).__name__}; only tensors can be saved")
-        if tensor.is_meta:
-            raise CheckpointError(f"{name!r} is on the meta device and has no values to save; load the weights first")
-        if names.setdefault(id(tensor), name) == name:
-            storage = tensor.untyped_storage().data_ptr()
-            detached = tensor.detach().contiguous()
-            tensors[name] = detached.clone() if storage in storages else detached
-            storages.add(storage)
-    return tensors
-
-
-def _under_every_name(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Undo `_tensors_once`: tensors that the model knows under several names under each of them."""
-    names: dict[int, list[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        names.setdefault(id(tensor), []).append(name)
-    full = dict(tensors)
-    for group in names.values():
-        saved = next((tensors[name] for name in group if name in tensors), None)
-        if saved is not None:
-            full.update(dict.fromkeys(group, saved))
-    return full
 
 
 def _check_source(model: nn.Module, source: ModelSource) -> None:
