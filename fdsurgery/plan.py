@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
-from rich.table import Table
 
 from .discovery.site import Site
 from .errors import PlanError, near_misses
 from .operators import get_operator
 from .recipe import FineTune
 from .report import Row, in_units, render, table
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 FORMAT = 1
 """Version of `Plan.to_dict`."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from rich.console import Console, RenderableType
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from .discovery.site import Site
+
+if TYPE_CHECKING:  # rich is imported where something is shown, not with the library
+    from rich.console import RenderableType
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Row:
 
 def table(rows: Sequence[Row], caption: str) -> Table:
     """One line a site, and a caption below."""
+    from rich.table import Table
+
     made = Table(caption=caption, caption_justify="left", box=None, pad_edge=False, header_style="bold")
     made.add_column("site", overflow="fold")
     made.add_column("kind", min_width=9)
@@ -66,6 +70,8 @@ def in_units(count: int) -> str:
 
 def render(shown: RenderableType, width: int = 160) -> str:
     """A table, or what has one, as plain text."""
+    from rich.console import Console
+
     console = Console(file=io.StringIO(), width=width, color_system=None, markup=False, emoji=False)
     console.print(shown)
     assert isinstance(console.file, io.StringIO)

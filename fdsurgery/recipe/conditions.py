@@ -100,7 +100,7 @@ class Where(BaseModel):
     Patterns are globs, in which `*` also matches dots, or regular expressions for the whole name after `re:`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, defer_build=True)
 
     kind: Kinds | None = None
     """`conv` or `linear`."""

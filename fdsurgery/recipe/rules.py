@@ -22,7 +22,9 @@ R = TypeVar("R", bound="Rule")
 class Entry(BaseModel):
     """A part of a recipe file: a mapping with these keys and no others."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, defer_build=True
+    )  # deferred: most of what importing this module would take
 
 
 @dataclass(frozen=True)

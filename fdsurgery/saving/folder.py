@@ -135,7 +135,7 @@ def load(folder: str | Path, *, model: nn.Module | None = None, device: torch.de
         True
     """
     folder = Path(folder)
-    description = _read_description(folder)
+    description = read_description(folder)
     with undisturbed(), _ordinary_defaults():
         tensors = _read_weights(folder)
         given = model is not None
@@ -284,7 +284,7 @@ def _describe_the_same(fresh: Path, folder: Path) -> bool:
     if not folder.exists() or {path.name for path in folder.iterdir()} != {WEIGHTS, DESCRIPTION}:
         return False
     try:
-        ours, theirs = (_read_description(one) for one in (fresh, folder))
+        ours, theirs = (read_description(one) for one in (fresh, folder))
     except CheckpointError:
         return False
     return all(ours.get(key) == theirs.get(key) for key in ("format", "source", "layers", "folded", "buffers"))
@@ -311,7 +311,8 @@ def _check_source(model: nn.Module, source: ModelSource) -> None:
         )
 
 
-def _read_description(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> dict[str, Any]:
+    """What a folder says of the model in it. Raises `CheckpointError` where it says nothing that can be read."""
     path = folder / DESCRIPTION
     try:
         description = json.loads(path.read_text(encoding="utf-8"))

@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..allowed import no_larger_than
-from ..checkpoints.files import open_checkpoint
 from ..errors import CheckpointError, SurgeryError, near_misses
 from ..integrations.transformers.allowed import kernels_in, transformers_config
 from ..operators import operator_of
@@ -172,6 +171,8 @@ def from_pretrained(folder_or_repo: str | Path, **kwargs: Any) -> nn.Module:
 def _bounded(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Keeps what is built to the size of the weights, where they lie as transformers writes them."""
     try:
+        from ..checkpoints.files import open_checkpoint  # with its package, which few programs need
+
         tensors = open_checkpoint(folder).tensors
     except CheckpointError:  # transformers has more ways to name files; it says itself what is wrong with them
         return contextlib.nullcontext()

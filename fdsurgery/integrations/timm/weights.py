@@ -15,7 +15,7 @@ from ...finetune import remember
 from ...operators import BuildError, Wanted, build_layers, operator_of, operators
 from ...recipe import FineTune
 from ...rewrite.tree import swapped
-from ...saving.folder import DESCRIPTION, _read_description, described_layers, replacements_for
+from ...saving.folder import DESCRIPTION, described_layers, read_description, replacements_for
 from ..base import ModelSource
 from . import SUFFIX
 from .allowed import timm_arguments, timm_name
@@ -169,7 +169,7 @@ def folder_config(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any]] | 
     """
     if not (folder / DESCRIPTION).exists() or (folder / "config.json").exists():
         return None
-    source = ModelSource.from_dict(_read_description(folder)["source"])
+    source = ModelSource.from_dict(read_description(folder)["source"])
     if source.library != "timm":
         raise CheckpointError(
             f"{folder} holds a model of {source.library}, {source.name}, which timm cannot build; call "
@@ -198,7 +198,7 @@ def put_in_layers(model: nn.Module, folder: Path) -> None:
         CheckpointError: the folder is damaged, or the model has none of the layers.
     """
     layers = dict(model.named_modules())
-    description = _read_description(folder)
+    description = read_description(folder)
     described = description["layers"]
     found = _renamed(described, layers)
     if not found:
