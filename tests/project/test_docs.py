@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -30,3 +31,27 @@ def test_every_page_is_in_the_navigation() -> None:
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     listed = {name for entry in config["nav"] for name in entry.values()}
     assert listed == {page.name for page in (ROOT / "docs").glob("*.md")}
+
+
+def resolves(name: str) -> bool:
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found: object = importlib.import_module(".".join(parts[:end]))
+        except ImportError:
+            continue
+        return all((found := getattr(found, part, None)) is not None for part in parts[end:])
+    return False
+
+
+SOURCES = {path for package in ("fdconv", "fdsurgery") for path in (ROOT / package).rglob("*.py")}
+SOURCES.discard(ROOT / "fdconv" / "gpu" / "ops.py")  # whose names are those of torch.ops
+
+
+@pytest.mark.parametrize("file", [*PAGES, *sorted(SOURCES)], ids=lambda file: str(file.relative_to(ROOT)))
+def test_names_of_ours_exist(file: Path) -> None:
+    """In the text of pages, docstrings and messages, which nobody runs: what is moved is renamed there, too."""
+    text = file.read_text(encoding="utf-8")
+    names = set(re.findall(r"(?<![\w./-])(?:fdsurgery|fdconv)(?:\.[A-Za-z_]\w*)+", text))
+    files = {name for name in names if name.endswith((".json", ".yaml", ".py", ".md"))}
+    assert not [name for name in names - files if not resolves(name)]
