@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from releases import since
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -81,6 +82,7 @@ def test_its_modules_convert() -> None:
         assert relative_error(model(x)["verdict"], before) < 1e-5
 
 
+@since("torch", "2.8", "calls what an exported model shares by the last of its names")
 def test_its_functional_calls_convert_in_a_graph() -> None:
     model, x, before = contraption()
     graph_module = fdsurgery.convert(torch.export.export(model, (x,)).module(), "generic")

@@ -63,7 +63,7 @@ def traced(model: nn.Module, x: Tensor) -> fx.GraphModule:
 
 
 def exported(model: nn.Module, x: Tensor) -> fx.GraphModule:
-    return torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},)).module()
+    return torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=1024)},)).module()
 
 
 def extracted(model: nn.Module, x: Tensor) -> fx.GraphModule:
