@@ -1,7 +1,6 @@
 """Libraries that models come from and go to: one folder a library, and the register of them.
 
 base         what a library answers about its models
-import_hook  does something as soon as another library is imported
 file         models of the user's own code
 ...          each other folder is a library's: `library` has its answers, the other files what needs the library itself
 
@@ -18,10 +17,11 @@ from typing import Literal
 
 from torch import nn
 
+from fdconv.import_hook import on_import
+
 from ..inputs import Inputs
 from .base import Library, ModelSource, SourceError
 from .file.library import PythonFile
-from .import_hook import on_import
 from .peft.library import Peft
 from .timm.library import Timm
 from .torchvision.library import Torchvision
