@@ -82,7 +82,8 @@ class PreparedModulation(nn.Module):
             "heads_bias": heads_bias,
         }
         for name, values in named.items():
-            self.register_buffer(name, values, persistent=False)
+            # `to` may have given the branch's own parameter back, which is no buffer.
+            self.register_buffer(name, None if values is None else values.detach(), persistent=False)
         self.register_state_dict_pre_hook(_refuse_to_save)
         super().train(False)
 
