@@ -27,7 +27,7 @@ _WORDS = ("all", "dynamic", "modulation")
 """Names that `fdsurgery.freeze` has another use for."""
 
 _operators: dict[str, Operator] = {}
-_loaded: set[str] = set()
+_is_loaded = False
 
 
 def register_operator(operator: OperatorT) -> OperatorT:
@@ -100,9 +100,10 @@ def _place(kind: type) -> tuple[str, str]:
 
 def _load_all() -> None:
     """Ours, then those of installed packages, each once. One that cannot be loaded is told, and stops nobody."""
-    if _loaded:
+    global _is_loaded
+    if _is_loaded:
         return
-    _loaded.add(GROUP)
+    _is_loaded = True  # from the start: what is loaded here may ask, or register itself
     for place in _SHIPPED:
         module, _, name = place.partition(":")
         _add(getattr(importlib.import_module(module), name)())
@@ -162,13 +163,9 @@ def build_layers(wanted: Iterable[Wanted]) -> dict[str, nn.Module]:
     for name, group in by_operator.items():
         operator = get_operator(name)
         for part in [group] if operator.builds_together else [[one] for one in group]:
-            names, layers, settings = (
-                [one.name for one in part],
-                [one.layer for one in part],
-                [one.settings for one in part],
-            )
+            names = [one.name for one in part]
             try:
-                built = operator.build(names, layers, settings)
+                built = operator.build(names, [one.layer for one in part], [one.settings for one in part])
                 made.update(zip(names, built, strict=True))
             except Exception as error:
                 where = names[0] if len(names) == 1 else f"{len(names)} layers, {names[0]!r} first"
