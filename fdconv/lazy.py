@@ -153,7 +153,7 @@ class LazyTensor(torch.Tensor):
             if func in _HOOKS:
                 raise RuntimeError(
                     f"{name}: the weight of {short(target._owner)} is computed, and has no gradient of its own; hang "
-                    "the hook onto the layer's dft_weight"
+                    f"the hook onto the layer's {target._owner.stored_name}"
                 )
             if func in _MEMORY:
                 raise RuntimeError(
@@ -204,13 +204,16 @@ class LazyTensor(torch.Tensor):
     def _gradient(self, *assigned: Tensor | None) -> None:
         stored = self._owner._stored()
         if assigned and assigned[0] is not None:
-            raise RuntimeError("the weight of a dynamic layer is computed: its gradient is that of dft_weight")
+            raise RuntimeError(
+                f"the weight of a dynamic layer is computed: its gradient is that of {self._owner.stored_name}"
+            )
         if assigned:
             stored.grad = None
         elif stored.grad is not None:
             frame = reader()
             warnings.warn_explicit(
-                f"the weight of {short(self._owner)} is computed, and has no gradient of its own; see dft_weight.grad",
+                f"the weight of {short(self._owner)} is computed, and has no gradient of its own; see "
+                f"{self._owner.stored_name}.grad",
                 NeutralWeightWarning,
                 frame.f_code.co_filename,
                 frame.f_lineno,

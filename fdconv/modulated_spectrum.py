@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .bands import BandModulation
 from .functional import frequency_dynamic
 from .modulation import Factors, GlobalModulation, LocalModulation, ZeroInit
+from .onnx_fft import refuse_old_exporter
 from .precision import holds_no_values, without_autocast
 from .reference import Convolution, WeightShape, sample_weights
 from .spectrum import frequency_groups
@@ -37,13 +38,6 @@ class ModulatedSpectrum(StoredSpectrum):
             found = [] if branch is None else _heads(branch)
         local = [] if self.KSM_Local is None else [self.KSM_Local.conv.weight]
         return found + local + ([] if self.FBM is None else _heads(self.FBM.freq_weight_conv_list))
-
-    def is_neutral(self) -> bool:
-        """True if the layer computes what its static weight does: every gate is 1 for any input.
-
-        Tensors without values (on meta, or fake) count as neutral.
-        """
-        return all(holds_no_values(tensor) or not tensor.any() for tensor in self._modulation())
 
     def _check_groups(self) -> None:
         """Look at the groups when they are first used, and in evaluation mode whenever somebody wrote into them.
@@ -90,9 +84,10 @@ class ModulatedSpectrum(StoredSpectrum):
         with without_autocast(context.device):
             return sample_weights(self._spectra(), self.frequency_group, self._factors(context), self._weight_shape())
 
-    def _context(self, x: Tensor) -> Tensor:
-        """The mean over positions, `(B, C_in)`, in FFT precision."""
-        raise NotImplementedError
+    if TYPE_CHECKING:  # given by `fdconv.plain_calls`
+
+        def _context(self, x: Tensor) -> Tensor:
+            """The mean over positions, `(B, C_in)`, in FFT precision."""
 
     def _weight_shape(self) -> WeightShape:
         out_channels, in_channels, k_h, k_w = self._kernel_shape()
@@ -113,11 +108,7 @@ class ModulatedSpectrum(StoredSpectrum):
 
     def _apply_weights(self, context: Tensor, x: Tensor, conv: Convolution | None) -> Tensor:
         """Convolve with the weights that the context gives each sample, or multiply without a `Convolution`."""
-        if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
-            raise RuntimeError(
-                "torch.onnx.export(..., dynamo=False) cannot export dynamic layers, for its operators do not suffice: "
-                "use torch.onnx.export(model, args, file, dynamo=True, dynamic_shapes=({0: 'batch'},))"
-            )
+        refuse_old_exporter()
         self._check_groups()
         with without_autocast(context.device):
             spectra, factors = self._spectra(), self._factors(context)

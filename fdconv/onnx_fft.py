@@ -35,6 +35,15 @@ def writes_onnx() -> bool:
     return False
 
 
+def refuse_old_exporter() -> None:
+    """Raises `RuntimeError` within `torch.onnx.export(..., dynamo=False)`, whose operators do not suffice."""
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            "torch.onnx.export(..., dynamo=False) cannot export dynamic layers, for its operators do not suffice: "
+            "use torch.onnx.export(model, args, file, dynamo=True, dynamic_shapes=({0: 'batch'},))"
+        )
+
+
 def factors(size: int) -> list[int]:
     """Factors of a size, each the largest up to `LARGEST`, or the smallest where there is none; `[1]` of 1."""
     if size == 1:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .modulated_spectrum import ModulatedSpectrum
 from .modulation import ZeroInit
 from .precision import rescaled
 from .spectrum import column_factors
-from .weight_property import WithStaticWeight
 
 
-class LoadsStateDicts(WithStaticWeight):
+class LoadsStateDicts(ModulatedSpectrum):
     """A dynamic layer as it loads: whatever form a state was saved in is put into the form that the layer stores."""
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:

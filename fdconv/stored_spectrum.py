@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._prims_common import make_contiguous_strides_for
 
 from .config import FDConfig
+from .filter_scale import common_factor
 from .precision import exact_dtype, fft_dtype, holds_no_values, without_autocast
 from .spectrum import (
     EDGE,
@@ -21,11 +21,12 @@ from .spectrum import (
     spectra_to_image,
     weight_to_image,
 )
-from .strides import is_channels_last, memory_format
+from .strides import memory_format
 from .tracing import is_transformed
+from .weight_property import WithStaticWeight
 
 
-class StoredSpectrum(nn.Module):
+class StoredSpectrum(WithStaticWeight):
     """A spectrum in place of the weight, and the static weight that comes out of it.
 
     State (official names): `dft_weight (r, D1, D2h, 2)`, the spectrum; `frequency_group (D1, D2h)`, the group of each
@@ -44,13 +45,7 @@ class StoredSpectrum(nn.Module):
     filter_scale: Tensor | None
     _groups_seen: tuple[int, int] = (0, 0)
     """Which tensor, and which version of it, was last found to hold whole groups."""
-    channels_last: bool = False
-    """True if the static twin's weight would be channels-last in memory, as `model.to(memory_format=...)` makes it. The
-    layer's own parameters stay in rows, where transforms want them, but its results follow."""
-
-    def _static_shape(self) -> tuple[int, ...]:
-        """Shape of the static twin's weight."""
-        raise NotImplementedError
+    stored_name = "dft_weight"
 
     def _paper_scale(self) -> float:
         """Factor of the paper's spectra at which the static weight comes out (`alpha` times the neutral attention)."""
@@ -80,15 +75,6 @@ class StoredSpectrum(nn.Module):
         self.register_buffer("spectrum_scale", torch.empty(1, device=device, dtype=dtype) if isometric else None)
         self.register_buffer("filter_scale", None)
         self._groups_seen = (0, 0)
-
-    def _stored(self) -> Tensor:
-        return self.dft_weight
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # What a conversion does to the memory format shows on a tensor of the static weight's kind.
-        probe = self.dft_weight.new_empty(2, 2, 2, 2).to(memory_format=memory_format(self.channels_last))
-        self.channels_last = len(self._static_shape()) == 4 and is_channels_last(fn(probe))
-        return super()._apply(lambda tensor: _in_rows(fn(tensor)), recurse)
 
     @torch.no_grad()
     def _mend_groups(self) -> bool:
@@ -153,6 +139,26 @@ class StoredSpectrum(nn.Module):
         return kept
 
     @torch.no_grad()
+    def _multiply(self, scale: Tensor) -> None:
+        """Multiply the weight, static and dynamic, by a factor of each filter; NaN is one that is not known."""
+        if self.filter_scale is not None:  # of a filter that is zero whatever the sample, any factor is right
+            scale = scale.masked_fill(scale.isnan() & (self.filter_scale == 0), 1)
+        common = common_factor(scale, self.dft_weight.dtype)
+        if common is not None:
+            self.dft_weight.copy_(self._finite("spectrum", self.dft_weight.to(scale.dtype) * common))
+            return
+        unknown = scale.isnan()
+        if unknown.any() and (scale == 1).any():  # part of a weight was written to, and the rest left as it was
+            scale, unknown = scale.masked_fill(unknown, 1), torch.zeros_like(unknown)
+        if unknown.any():
+            raise ValueError(
+                f"filter {int(unknown.nonzero()[0])} of {type(self).__name__}{self._static_shape()} is zero at neutral "
+                "modulation, so a weight that is multiplied filter by filter does not tell its factor. Norms are "
+                "folded by fdsurgery.fuse_norms(model); layer.scale_filters(scale, shift) takes the factors themselves"
+            )
+        self._scale_weight(scale)
+
+    @torch.no_grad()
     def scale_filters(self, scale: Tensor, shift: Tensor | None = None) -> None:
         """Multiply what each filter gives by a constant and add another: `y` becomes `scale * y + shift`.
 
@@ -210,9 +216,3 @@ class StoredSpectrum(nn.Module):
             self.filter_scale = self.dft_weight.new_ones(out_channels)
         if bias and self.bias is None:
             self.bias = nn.Parameter(self.dft_weight.new_zeros(out_channels), self.dft_weight.requires_grad)
-
-
-def _in_rows(tensor: Tensor) -> Tensor:
-    """A parameter as it lies at the start, whatever memory format the model was moved to."""
-    in_rows = tensor.layout != torch.strided or tensor.stride() == make_contiguous_strides_for(tensor.shape)
-    return tensor if in_rows else torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor)

@@ -2,21 +2,69 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch._prims_common import make_channels_last_2d_strides_for, make_contiguous_strides_for
 
-from .filter_scale import common_factor, filter_multiple
+from .filter_scale import filter_multiple
 from .lazy import LazyTensor, read_when_run
-from .modulated_spectrum import ModulatedSpectrum
-from .strides import is_channels_last
+from .precision import holds_no_values
+from .strides import is_channels_last, memory_format
 from .weight_reads import refuse_where_lost
 
 
-class WithStaticWeight(ModulatedSpectrum):
-    """A modulated spectrum that gives the static weight it stands for, and takes over what is assigned to it."""
+class WithStaticWeight(nn.Module):
+    """A dynamic layer that gives the static weight it stands for, and takes over what is assigned to it."""
+
+    stored_name: str
+    """Name of the parameter that the weight is computed from, whose dtype, device and `requires_grad` it has."""
+    channels_last: bool = False
+    """True if the static twin's weight would be channels-last in memory, as `model.to(memory_format=...)` makes it. The
+    layer's own parameters stay in rows, but its results follow."""
+
+    def _stored(self) -> nn.Parameter:
+        """The parameter that the weight is computed from."""
+        return self._parameters[self.stored_name]  # type: ignore[return-value]
+
+    if TYPE_CHECKING:  # given by `fdconv.plain_calls`, which comes later in the order of resolution
+
+        def _static_shape(self) -> tuple[int, ...]:
+            """Shape of the static twin's weight."""
+
+    def _neutral_weight(self) -> Tensor:
+        """The static weight, computed."""
+        raise NotImplementedError
+
+    def _modulation(self) -> list[Tensor]:
+        """Tensors that are all zero where the modulation is neutral."""
+        raise NotImplementedError
+
+    def set_weight(self, weight: Tensor) -> None:
+        """Make the layer stand for another static weight, of its twin's shape; the modulation stays as it is.
+
+        Raises:
+            ValueError: the weight has another shape, or values that the layer cannot hold.
+        """
+        raise NotImplementedError
+
+    def _multiply(self, scale: Tensor) -> None:
+        """Multiply the weight, static and dynamic, by a factor of each filter; NaN is one that is not known."""
+        raise NotImplementedError
+
+    def is_neutral(self) -> bool:
+        """True if the layer computes what its static weight does: every gate is 1 for any input.
+
+        Tensors without values (on meta, or fake) count as neutral.
+        """
+        return all(holds_no_values(tensor) or not tensor.any() for tensor in self._modulation())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # What a conversion does to the memory format shows on a tensor of the static weight's kind.
+        probe = self._stored().new_empty(2, 2, 2, 2).to(memory_format=memory_format(self.channels_last))
+        self.channels_last = len(self._static_shape()) == 4 and is_channels_last(fn(probe))
+        return super()._apply(lambda tensor: in_rows(fn(tensor)), recurse)
 
     @property
     def weight(self) -> Tensor:
@@ -30,7 +78,7 @@ class WithStaticWeight(ModulatedSpectrum):
             return read_when_run(self._neutral_weight(), self._modulation(), type(self).__name__)
         shape = self._static_shape()
         strides_for = make_channels_last_2d_strides_for if self.channels_last else make_contiguous_strides_for
-        return LazyTensor(self, shape, strides_for(shape), self.dft_weight.requires_grad)
+        return LazyTensor(self, shape, strides_for(shape), self._stored().requires_grad)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "weight":
@@ -39,7 +87,7 @@ class WithStaticWeight(ModulatedSpectrum):
             refuse_where_lost(self)
             self.adopt_weight(value)
             if isinstance(value, nn.Parameter):
-                self.dft_weight.requires_grad_(value.requires_grad)
+                self._stored().requires_grad_(value.requires_grad)
 
     def __prepare_scriptable__(self) -> Any:
         """Asked by `torch.jit.script` of each module, which has no words for what a dynamic layer does."""
@@ -50,13 +98,13 @@ class WithStaticWeight(ModulatedSpectrum):
 
     def __delattr__(self, name: str) -> None:
         if name == "weight":
-            raise AttributeError(_no_parameter("deleted"))
+            raise AttributeError(_no_parameter(self, "deleted"))
         super().__delattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As in `nn.Module`; refuses parameters that would take the part of the weight (`weight_orig`, `weight_g`)."""
         if name.partition("_")[0] == "weight":
-            raise RuntimeError(_no_parameter(f"replaced by {name!r}"))
+            raise RuntimeError(_no_parameter(self, f"replaced by {name!r}"))
         super().register_parameter(name, param)
 
     def adopt_weight(self, weight: Tensor) -> None:
@@ -67,18 +115,18 @@ class WithStaticWeight(ModulatedSpectrum):
             ValueError: it has another shape.
         """
         if not isinstance(weight, Tensor):
-            raise TypeError(_no_parameter(f"replaced by a {type(weight).__name__}"))
+            raise TypeError(_no_parameter(self, f"replaced by a {type(weight).__name__}"))
         if isinstance(weight, LazyTensor):
             weight = weight.to_be_assigned(self)
         plain = weight.detach()
         if type(plain.data) is not Tensor:
             raise TypeError(
-                f"a {type(plain.data).__name__} cannot be the weight of a dynamic layer, which is computed from a "
-                "spectrum: quantise or shard other layers, or keep this one plain by a recipe"
+                f"a {type(plain.data).__name__} cannot be the weight of a dynamic layer, which is computed from other "
+                "parameters: quantise or shard other layers, or keep this one plain by a recipe"
             )
-        if plain.dtype != self.dft_weight.dtype:
+        if plain.dtype != self._stored().dtype:
             raise TypeError(
-                f"a weight of {plain.dtype} cannot be assigned to a layer of {self.dft_weight.dtype}; convert the "
+                f"a weight of {plain.dtype} cannot be assigned to a layer of {self._stored().dtype}; convert the "
                 f"layer, layer.to({plain.dtype})"
             )
         scale = None if self.is_neutral() else filter_multiple(plain, self._neutral_weight())
@@ -88,29 +136,15 @@ class WithStaticWeight(ModulatedSpectrum):
             self._multiply(scale)
         self.channels_last = is_channels_last(plain)
 
-    @torch.no_grad()
-    def _multiply(self, scale: Tensor) -> None:
-        """Multiply the weight, static and dynamic, by a factor of each filter; NaN is one that is not known."""
-        if self.filter_scale is not None:  # of a filter that is zero whatever the sample, any factor is right
-            scale = scale.masked_fill(scale.isnan() & (self.filter_scale == 0), 1)
-        common = common_factor(scale, self.dft_weight.dtype)
-        if common is not None:
-            self.dft_weight.copy_(self._finite("spectrum", self.dft_weight.to(scale.dtype) * common))
-            return
-        unknown = scale.isnan()
-        if unknown.any() and (scale == 1).any():  # part of a weight was written to, and the rest left as it was
-            scale, unknown = scale.masked_fill(unknown, 1), torch.zeros_like(unknown)
-        if unknown.any():
-            raise ValueError(
-                f"filter {int(unknown.nonzero()[0])} of {type(self).__name__}{self._static_shape()} is zero at neutral "
-                "modulation, so a weight that is multiplied filter by filter does not tell its factor. Norms are "
-                "folded by fdsurgery.fuse_norms(model); layer.scale_filters(scale, shift) takes the factors themselves"
-            )
-        self._scale_weight(scale)
+
+def in_rows(tensor: Tensor) -> Tensor:
+    """A parameter as it lies at the start, whatever memory format the model was moved to."""
+    as_it_lay = tensor.layout != torch.strided or tensor.stride() == make_contiguous_strides_for(tensor.shape)
+    return tensor if as_it_lay else torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor)
 
 
-def _no_parameter(done: str) -> str:
+def _no_parameter(layer: WithStaticWeight, done: str) -> str:
     return (
-        f"the weight of a dynamic layer is computed from its dft_weight, and cannot be {done}: call "
+        f"the weight of a dynamic layer is computed from its {layer.stored_name}, and cannot be {done}: call "
         "layer.set_weight(tensor), or put the plain layer back first (to_conv, to_linear, fdsurgery.restore)"
     )

@@ -17,6 +17,10 @@ from torch import Tensor
 class Owner(Protocol):
     """A layer whose weight is computed."""
 
+    @property
+    def stored_name(self) -> str:
+        """Name of the parameter that the weight is computed from."""
+
     def is_neutral(self) -> bool:
         """True if the layer computes what its static weight does."""
 
@@ -127,7 +131,7 @@ _REFUSED = (
         "torch/nn/utils/_named_member_accessor.py",
         ".*",
         "functional_call puts a tensor there for one call, and a static weight would stay; give it the layer's "
-        "dft_weight, or put the plain layer back first (fdsurgery.restore)",
+        "own parameters, or put the plain layer back first (fdsurgery.restore)",
     ),
     _Refused(
         "torch/utils/mkldnn.py",
@@ -220,7 +224,7 @@ def refuse_optimizer(owner: Owner) -> None:
     if _path(frame).endswith("torch/optim/optimizer.py"):
         raise WeightReadError(
             f"the weight of a dynamic layer, {short(owner)}, is computed, and an optimizer cannot train it: give the "
-            "optimizer layer.dft_weight and the other parameters of the layer, or model.parameters()"
+            f"optimizer layer.{owner.stored_name} and the other parameters of the layer, or model.parameters()"
         )
 
 

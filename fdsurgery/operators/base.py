@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor, nn
 
+from ..errors import CheckpointError
+
 if TYPE_CHECKING:
     from ..discovery.site import Site
 
@@ -135,6 +137,15 @@ class Operator:
         """Parameters that weight decay would harm, beside biases, norms, scalars and vectors, which need no telling."""
         return ()
 
+    def schedule(self, layer: nn.Module, progress: float) -> bool:
+        """Set what a layer's training changes as it goes on, such as a temperature; False if it has no such thing.
+
+        Args:
+            layer: one of this operator.
+            progress: 0 at the first step of the schedule, 1 at its end and ever after.
+        """
+        return False
+
     # Inference
 
     def prepare(self, layer: nn.Module) -> None:
@@ -202,6 +213,18 @@ class Operator:
     def check_tensors(self, settings: dict[str, Any], tensors: Mapping[str, Shaped]) -> str | None:
         """Why the tensors of a saved layer cannot be those of these settings, in words; None if they can."""
         return None
+
+    def load_official(self, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
+        """A layer, or a chain of them, of the authors' own code, from its state and what its constructor was given.
+
+        Args:
+            state: the state dict, under the official names.
+            config: shapes and settings, under the names that the authors' constructor has for them.
+
+        Raises:
+            CheckpointError: a setting is missing or unknown, or the state does not fit.
+        """
+        raise CheckpointError(f"layers of the authors' code cannot be read as {self.name}")
 
     official: OfficialForm | None = None
     """How the authors' code saves such layers; None if that can be neither read nor written."""

@@ -15,15 +15,12 @@ from fdconv.inference import prepare
 from fdconv.modulation import gate
 from fdconv.official import OURS
 
-from ..discovery.effective import effective_layer
 from ..discovery.site import Site
-from ..errors import RecipeError, RewriteError, near_misses
+from ..errors import RecipeError, near_misses
 from .base import Operator, ParameterKind, Shaped
 from .fdconv_official import MODULATION, FDConvOfficialForm
 from .same_padding import SameFDConv2d
-
-_PLAIN_CLASS = "_plain_class"
-"""Attribute of a layer in the place of one whose class was derived from `nn.Conv2d` or `nn.Linear`."""
+from .standing_in import stand_back, stand_in
 
 
 class FDConvOperator(Operator):
@@ -73,21 +70,13 @@ class FDConvOperator(Operator):
 
     def replace(self, layer: nn.Module, settings: dict[str, Any]) -> nn.Module:
         config = FDConfig(**settings)
-        effective = effective_layer(layer)
-        if isinstance(effective, str):
-            raise RewriteError(effective)
-        new: FDConv2d | FDLinear
-        if isinstance(effective.layer, nn.Linear):
-            new = FDLinear.from_linear(effective.layer, config)
-        else:
-            kind = SameFDConv2d if effective.pads_same else FDConv2d
-            new = kind.from_conv(effective.layer, config)
-        weight = layer._parameters.get("weight")
-        if weight is not None:  # what is known of it holds for its spectrum: no decay, a learning rate of its own
-            vars(new.dft_weight).update(vars(weight))
-        if effective.verbatim and type(layer) not in (nn.Conv2d, nn.Linear):
-            vars(new)[_PLAIN_CLASS] = type(layer)
-        return new
+
+        def make(plain: nn.Conv2d | nn.Linear, pads_same: bool) -> FDConv2d | FDLinear:
+            if isinstance(plain, nn.Linear):
+                return FDLinear.from_linear(plain, config)
+            return (SameFDConv2d if pads_same else FDConv2d).from_conv(plain, config)
+
+        return stand_in(layer, make)
 
     def owns(self, layer: nn.Module) -> bool:
         return isinstance(layer, (FDConv2d, FDLinear))
@@ -98,10 +87,7 @@ class FDConvOperator(Operator):
 
     def restore(self, layer: nn.Module) -> nn.Module:
         assert isinstance(layer, (FDConv2d, FDLinear))
-        plain: nn.Module = layer.to_conv() if isinstance(layer, FDConv2d) else layer.to_linear()
-        vars(plain.weight).update(vars(layer.dft_weight))
-        plain.__class__ = vars(layer).get(_PLAIN_CLASS, type(plain))
-        return plain
+        return stand_back(layer, layer.to_conv() if isinstance(layer, FDConv2d) else layer.to_linear())
 
     def parameter_kinds(self, layer: nn.Module) -> dict[nn.Parameter, ParameterKind]:
         assert isinstance(layer, (FDConv2d, FDLinear))

@@ -22,7 +22,10 @@ OperatorT = TypeVar("OperatorT", bound=Operator)
 
 GROUP = "fdsurgery.operators"
 """Entry points of packages that bring operators."""
-_SHIPPED = ("fdsurgery.operators.fdconv:FDConvOperator",)
+_SHIPPED = (
+    "fdsurgery.operators.fdconv:FDConvOperator",
+    "fdsurgery.operators.condconv:CondConvOperator",
+)
 _WORDS = ("all", "dynamic", "modulation")
 """Names that `fdsurgery.freeze` has another use for."""
 
