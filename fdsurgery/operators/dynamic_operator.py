@@ -114,7 +114,8 @@ def plain_conv(config: Mapping[str, Any], weight: Tensor) -> nn.Conv2d:
         key: config[key] for key in ("stride", "padding", "dilation", "groups") if key in config
     }
     geometry |= {"bias": bool(config.get("bias", False)), "device": "meta", "dtype": weight.dtype}
-    return nn.Conv2d(*channels, config["kernel_size"], **geometry)
+    in_channels, out_channels = channels
+    return nn.Conv2d(in_channels, out_channels, config["kernel_size"], **geometry)
 
 
 def loaded(layer: DynamicLayer, state: Mapping[str, Tensor]) -> DynamicLayer:
