@@ -148,7 +148,23 @@ class ContextBatchNorm(nn.BatchNorm1d):
         return y
 
 
-def _linear(layer: Squeeze | ZeroInit, x: Tensor) -> Tensor:
+def normed(norm: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A norm of `(B, A)`, in the input's precision.
+
+    Args:
+        norm: `ContextBatchNorm`, `nn.RMSNorm`, or what `nn.SyncBatchNorm.convert_sync_batchnorm` put in its place.
+        x: float32 or float64.
+        dtype: of the layer's parameters.
+    """
+    if isinstance(norm, nn.RMSNorm):
+        weight = None if norm.weight is None else norm.weight.to(x.dtype)
+        return F.rms_norm(x, x.shape[1:], weight, norm.eps)
+    if isinstance(norm, ContextBatchNorm):
+        return norm(x)  # type: ignore[no-any-return]
+    return norm(x.to(dtype)).to(x.dtype)  # type: ignore[no-any-return]  # which takes one dtype
+
+
+def linear_of(layer: Squeeze | ZeroInit, x: Tensor) -> Tensor:
     """`F.linear` with a layer's weight, in the input's precision."""
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     return F.linear(x, layer.weight.flatten(1).to(x.dtype), bias)
@@ -200,23 +216,21 @@ class GlobalModulation(nn.Module):
 
     def forward(self, context: Tensor) -> Factors:
         config = self.config
-        hidden = _linear(self.fc, context)
-        if isinstance(self.bn, ContextBatchNorm):
-            hidden = self.bn(hidden)
-        elif self.bn is not None:  # put in its place by nn.SyncBatchNorm.convert_sync_batchnorm, and takes one dtype
-            hidden = self.bn(hidden.to(self.fc.weight.dtype)).to(hidden.dtype)
+        hidden = linear_of(self.fc, context)
+        if self.bn is not None:
+            hidden = normed(self.bn, hidden, self.fc.weight.dtype)
         if self.norm is not None:
-            hidden = F.rms_norm(hidden, hidden.shape[1:], self.norm.weight.to(hidden.dtype), self.norm.eps)
+            hidden = normed(self.norm, hidden, self.fc.weight.dtype)
         hidden = self.relu(hidden)
         if self.speed != 1.0:
             hidden = hidden * self.speed
 
         def factor(head: ZeroInit | None) -> Tensor | None:
-            return None if head is None else gate(_linear(head, hidden), config.global_activation, config.temperature)
+            return None if head is None else gate(linear_of(head, hidden), config.global_activation, config.temperature)
 
         kernel = None
         if self.kernel_fc is not None:
-            kernel = gate(_linear(self.kernel_fc, hidden), config.kernel_activation, config.kernel_temperature)
+            kernel = gate(linear_of(self.kernel_fc, hidden), config.kernel_activation, config.kernel_temperature)
         return Factors(kernel, factor(self.channel_fc), factor(self.filter_fc), factor(self.spatial_fc))
 
 
