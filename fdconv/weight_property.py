@@ -64,7 +64,7 @@ class WithStaticWeight(nn.Module):
         # What a conversion does to the memory format shows on a tensor of the static weight's kind.
         probe = self._stored().new_empty(2, 2, 2, 2).to(memory_format=memory_format(self.channels_last))
         self.channels_last = len(self._static_shape()) == 4 and is_channels_last(fn(probe))
-        return super()._apply(lambda tensor: in_rows(fn(tensor)), recurse)
+        return super()._apply(lambda tensor: _with_four_axes(fn, tensor), recurse)
 
     @property
     def weight(self) -> Tensor:
@@ -141,6 +141,13 @@ def in_rows(tensor: Tensor) -> Tensor:
     """A parameter as it lies at the start, whatever memory format the model was moved to."""
     as_it_lay = tensor.layout != torch.strided or tensor.stride() == make_contiguous_strides_for(tensor.shape)
     return tensor if as_it_lay else torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor)
+
+
+def _with_four_axes(fn: Any, tensor: Tensor) -> Tensor:
+    """What a conversion makes of a tensor, which lies in rows; it may be to a memory format that has four axes."""
+    if tensor.dim() <= 4:
+        return in_rows(fn(tensor))
+    return in_rows(fn(tensor.flatten(0, tensor.dim() - 4))).view(tensor.shape)
 
 
 def _no_parameter(layer: WithStaticWeight, done: str) -> str:

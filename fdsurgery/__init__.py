@@ -22,13 +22,14 @@ from .finetune import freeze, param_groups
 from .inference import compile_for_inference
 from .integrations import ModelSource, watch_imports
 from .norms import fuse_norms
-from .operators import Operator, register_operator
+from .operators import Operator, get_operator, register_operator
 from .optimizers import optimizer_after_surgery
 from .plan import Decision, Plan
 from .planning import plan
 from .recipe import Recipe, load_recipe, shipped_recipes
 from .saving.folder import load, save
 from .saving.pretrained import from_pretrained, save_pretrained
+from .schedules import schedule
 from .surgery import apply, convert, restore
 from .verification import LayerVerification, Verification, verify
 
@@ -64,6 +65,7 @@ __all__ = [
     "freeze",
     "from_pretrained",
     "fuse_norms",
+    "get_operator",
     "inspect",
     "load",
     "load_recipe",
@@ -75,6 +77,7 @@ __all__ = [
     "restore",
     "save",
     "save_pretrained",
+    "schedule",
     "shipped_recipes",
     "sites",
     "strict_weight_reads",

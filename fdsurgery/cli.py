@@ -62,6 +62,9 @@ RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="auto, a shipp
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="an operator setting, e.g. kernel_num=16")
 ]
+OperatorOption = Annotated[
+    str | None, typer.Option("--operator", metavar="NAME", help="an operator for all rules, e.g. odconv")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
 
@@ -69,6 +72,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of 
 def plan(
     spec: Spec,
     recipe: RecipeOption = "auto",
+    operator: OperatorOption = None,
     set_: SetOption = None,
     pretrained: Annotated[
         bool, typer.Option("--pretrained/--no-pretrained", help="load trained weights; a plan does not need them")
@@ -82,7 +86,7 @@ def plan(
     with _working(f"building {spec}", quiet=as_json):
         model, _ = build(spec, pretrained=pretrained)
     with _working("planning", quiet=as_json):
-        made = make_plan(model, _recipe(recipe), **settings)
+        made = make_plan(model, _recipe(recipe), operator=operator, **settings)
     if as_json:
         print(json.dumps(made.to_dict(), indent=1))
     else:
@@ -94,6 +98,7 @@ def convert(
     spec: Spec,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="folder for the converted model")],
     recipe: RecipeOption = "auto",
+    operator: OperatorOption = None,
     set_: SetOption = None,
     pretrained: Annotated[
         bool, typer.Option("--pretrained/--no-pretrained", help="load trained weights, or draw random ones")
@@ -111,7 +116,7 @@ def convert(
     with _working(f"building {spec}", quiet=as_json):
         model, source = build(spec, pretrained=pretrained)
     with _working("planning", quiet=as_json):
-        made = make_plan(model, _recipe(recipe), **settings)
+        made = make_plan(model, _recipe(recipe), operator=operator, **settings)
     if not as_json:
         out.print(made)
     with _working("converting", quiet=as_json):
@@ -157,6 +162,7 @@ def convert_checkpoint(
     to: Annotated[str, typer.Option(help="ours, or official for the authors' code")] = "ours",
     form: Annotated[str, typer.Option("--from", help="plain, official, ours, or auto to see by its tensors")] = "auto",
     key: Annotated[str | None, typer.Option(help="entry of a pickled checkpoint, e.g. model_ema")] = None,
+    operator: OperatorOption = None,
     set_: SetOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan; write nothing")] = False,
     as_json: JsonOption = False,
@@ -174,6 +180,7 @@ def convert_checkpoint(
             to=to,
             source_form=form,
             key=key,
+            operator=operator,
             settings=settings,
         )
     if as_json:

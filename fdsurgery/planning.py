@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from .discovery.observe import Observation, observe
 from .discovery.site import Site
 from .errors import RecipeError, near_misses
 from .integrations import network_of
-from .operators import Wanted, build_layers, get_operator
+from .operators import Operator, Wanted, build_layers, get_operator
 from .plan import Decision, Plan, resolved
-from .recipe import Recipe, check_rules_matched, detect_recipe, load_recipe, matches_any
+from .recipe import Recipe, SwapRule, check_rules_matched, detect_recipe, load_recipe, matches_any
 from .rewrite.check_model import refuse_unsupported
 from .surroundings import undisturbed
 
@@ -29,7 +30,8 @@ def plan(
     recipe: str | Path | Recipe = "auto",
     *,
     example_inputs: Any = None,
-    **overrides: Any,
+    operator: str | None = None,
+    **settings: Any,
 ) -> Plan:
     """Decide for every site of a model whether to swap it. The model is not touched.
 
@@ -39,13 +41,15 @@ def plan(
         recipe: `auto` to recognise the family (else `generic`), a shipped recipe's name, a YAML file, or a `Recipe`.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments for one forward; needed
             only where they cannot be told from the model.
-        **overrides: operator settings that win over every rule's `with`, e.g. `kernel_num=16`.
+        operator: takes the place of the operator of every rule, whose `with` then counts no more, e.g. `odconv`.
+        **settings: of the operator; they win over every rule's `with`, e.g. `kernel_num=16`.
 
     Returns:
         The plan; `print` shows it as a table, `apply` carries it out.
 
     Raises:
-        RecipeError: the recipe is broken, a rule of it matches no site, or an override is no setting.
+        RecipeError: the recipe is broken, a rule of it matches no site, there is no such operator, or none that
+            has such a setting.
         DiscoveryError: the model could not be run; pass `example_inputs`.
         UnsupportedModelError: the model is wrapped, compiled, quantised or scripted.
 
@@ -56,14 +60,40 @@ def plan(
         ResNet: 9 of 16 sites swapped, +65,558 parameters, +31.20 M multiply-adds a sample (+30% of 102.55 M)
         (recipe resnet: recognised as timm test_resnet)
     """
-    return plan_and_observation(model, recipe, example_inputs, overrides)[0]
+    return plan_and_observation(model, recipe, example_inputs, Overrides(settings, operator))[0]
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What the caller says over the rules of a recipe."""
+
+    settings: dict[str, Any]
+    operator: str | None = None
+
+    def check(self, operators: Iterable[Operator]) -> None:
+        """Raise `RecipeError` for a setting that none of the operators has."""
+        asked = list(operators)
+        known = {key for operator in asked for key in operator.settings({})}
+        for key, value in self.settings.items():
+            if key not in known:
+                for operator in asked:
+                    operator.settings({key: value})
+
+    def settings_for(self, rule: SwapRule) -> tuple[Operator, dict[str, Any]]:
+        """The operator that takes the sites of a rule, and its settings, complete."""
+        operator = get_operator(self.operator or rule.operator)
+        own = rule.settings if operator.name == rule.operator else {}
+        known = operator.settings({})
+        return operator, operator.settings(
+            {**own, **{key: value for key, value in self.settings.items() if key in known}}
+        )
 
 
 def plan_and_observation(
     model: nn.Module,
     recipe: str | Path | Recipe,
     example_inputs: Any,
-    overrides: dict[str, Any],
+    overrides: Overrides,
 ) -> tuple[Plan, Observation]:
     """What `plan` says, and what it saw."""
     model = network_of(model)
@@ -76,10 +106,13 @@ def plan_and_observation(
     else:
         chosen = load_recipe(name if recipe == "auto" else recipe)
         name = chosen.name
-    for rule in chosen.swap:  # before the model is run: a wrong override should not take a forward to be told
-        get_operator(rule.operator).settings({**rule.settings, **overrides})
+    # Before the model is run: what is wrong should not take a forward to be told.
+    asked = [overrides.settings_for(rule)[0] for rule in chosen.swap]
+    if not chosen.delegate:
+        overrides.check(asked)
     seen = observe(model, example_inputs)
     decisions = _decide_all(model, chosen, seen.sites, overrides)
+    overrides.check([*asked, *(get_operator(str(one.operator)) for one in decisions if one.swap)])
     decisions = _with_costs(resolved(decisions), model, seen)
     left_out = dict(seen.left_out)
     made = Plan(
@@ -97,7 +130,7 @@ def why_nothing(plan: Plan) -> str:
 
 
 def _decide_all(
-    model: nn.Module, recipe: Recipe, sites: tuple[Site, ...], overrides: dict[str, Any]
+    model: nn.Module, recipe: Recipe, sites: tuple[Site, ...], overrides: Overrides
 ) -> tuple[Decision, ...]:
     """A decision for every site: by the recipe's `keep`, then by the recipe of the part it lies in, then by `swap`."""
     delegated: dict[str, Decision] = {}
@@ -128,7 +161,7 @@ def _relative(site: Site, root: str) -> Site:
     return replace(site, name=names[0], aliases=tuple(names[1:]))
 
 
-def _decide(site: Site, recipe: Recipe, overrides: dict[str, Any], delegated: Decision | None) -> Decision:
+def _decide(site: Site, recipe: Recipe, overrides: Overrides, delegated: Decision | None) -> Decision:
     """Keep rules win over swap rules, and the first swap rule that matches wins over later ones."""
     if site.obstacle is not None:
         return Decision(site, site.obstacle)
@@ -141,13 +174,12 @@ def _decide(site: Site, recipe: Recipe, overrides: dict[str, Any], delegated: De
         if swap.matches(site):
             if site.caution is not None and not swap.anyway:
                 return Decision(site, site.caution, rule=swap.label)
-            operator = get_operator(swap.operator)
-            settings = operator.settings({**swap.settings, **overrides})
+            operator, settings = overrides.settings_for(swap)
             refusal = operator.refusal(site, settings)
             if refusal is not None:
                 return Decision(site, refusal, rule=swap.label)
             told = f"{swap.describe()}; swapped anyway: {site.caution}" if site.caution else swap.describe()
-            return Decision(site, told, swap.label, swap.operator, settings)
+            return Decision(site, told, swap.label, operator.name, settings)
     return Decision(site, "no rule asks for it")
 
 

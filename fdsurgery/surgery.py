@@ -20,7 +20,7 @@ from .integrations import network_of
 from .operators import BuildError, Wanted, build_layers, operator_of
 from .optimizers import repairs_of
 from .plan import Decision, Plan
-from .planning import plan_and_observation, why_nothing
+from .planning import Overrides, plan_and_observation, why_nothing
 from .recipe import Recipe
 from .rewrite.check_model import refuse_unsupported
 from .rewrite.graph import calls_as_modules
@@ -36,7 +36,8 @@ def convert(
     *,
     example_inputs: Any = None,
     optimizers: Optimizer | Iterable[Optimizer] = (),
-    **overrides: Any,
+    operator: str | None = None,
+    **settings: Any,
 ) -> nn.Module:
     """Swap the layers of a model that a recipe names for dynamic ones. The outputs do not change.
 
@@ -49,7 +50,8 @@ def convert(
             only where they cannot be told from the model.
         optimizers: one or more that hold the model's parameters, to be given those that come with it in the place of
             those that leave, as `optimizer_after_surgery` does it; changed in place, once all else has succeeded.
-        **overrides: operator settings that win over every rule's `with`, e.g. `kernel_num=16`.
+        operator: takes the place of the operator of every rule, whose `with` then counts no more, e.g. `odconv`.
+        **settings: of the operator; they win over every rule's `with`, e.g. `kernel_num=16`.
 
     Returns:
         The same object. It remembers the recipe's `finetune` section, for `param_groups`.
@@ -63,6 +65,7 @@ def convert(
         >>> list(fdsurgery.dynamic_layers(model))[:2]
         ['layer1.0.conv1', 'layer1.0.conv2']
     """
+    overrides = Overrides(settings, operator)
     if isinstance(model, fx.GraphModule):
         with calls_as_modules(model) as calls:
             decided, seen = plan_and_observation(model, recipe, example_inputs, overrides)

@@ -88,6 +88,7 @@ class Asked:
     to: Form
     recipe: str | Path | Recipe
     overrides: dict[str, Any]
+    operator: str | None = None
 
 
 @dataclass(frozen=True)

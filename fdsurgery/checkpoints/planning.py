@@ -110,6 +110,7 @@ def plan_checkpoint(
     to: str = "ours",
     source_form: str = "auto",
     key: str | None = None,
+    operator: str | None = None,
     settings: dict[str, Any] | None = None,
 ) -> CheckpointPlan:
     """Plan the conversion of a checkpoint, and check that every tensor has its place.
@@ -124,6 +125,7 @@ def plan_checkpoint(
             plain checkpoint what its conversion tool writes.
         source_form: `plain`, `official` or `ours`; `auto` to see by its tensors.
         key: entry of a pickled checkpoint to read.
+        operator: takes the place of the recipe's, where a plain checkpoint becomes dynamic.
         settings: operator settings that win over the recipe's or those seen in the checkpoint.
 
     Raises:
@@ -147,7 +149,7 @@ def plan_checkpoint(
         has = "has" if form == "plain" else "has no"
         raise CheckpointError(f"{source} is no {form} checkpoint: it {has} tensors of dynamic layers")
     target: Form = "official" if to == "official" else "ours"
-    asked = Asked(checkpoint, destination, form, target, recipe, settings or {})
+    asked = Asked(checkpoint, destination, form, target, recipe, settings or {}, operator)
     if model is None and source.is_dir() and (source / "config.json").is_file():
         model = f"hf:{source}"
     if model is not None:
@@ -213,7 +215,7 @@ def _complete(fit: Fit, *, described: bool) -> CheckpointPlan:
     if fit.problems:
         raise MisfitError(f"{asked.checkpoint.path} does not fit {fit.spec}", fit.problems)
     if asked.form == "plain":
-        made = plan(fit.model, asked.recipe, **asked.overrides)
+        made = plan(fit.model, asked.recipe, operator=asked.operator, **asked.overrides)
         layers = _planned_layers(fit, made)
     if not layers:
         raise CheckpointError(f"{asked.checkpoint.path}: no layer of {fit.spec} would be dynamic")

@@ -113,7 +113,7 @@ class DynamicLayer(WithStaticWeight):
         if own is None:
             return y
         positions = (1,) * (y.dim() - 2)  # behind the channels of a convolution, before those of a linear layer
-        shape = (len(own), *positions, own.shape[1]) if conv is None else (*own.shape, *positions)
+        shape = (own.shape[0], *positions, own.shape[1]) if conv is None else (*own.shape, *positions)
         return y + own.to(y.dtype).view(shape)
 
     def sample_weights(self, x: Tensor) -> Tensor:
