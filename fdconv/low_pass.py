@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -160,7 +161,14 @@ def steps(logits: Tensor, config: FDConfig) -> Tensor:
     return torch.cat(parts if config.band_lowfreq else [*parts, 1 - maps[:, -1:]], dim=1)
 
 
-def modulated(x: Tensor, weight: Tensor, bias: Tensor, config: FDConfig, edges: Tensor | None = None) -> Tensor:
+def modulated(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    config: FDConfig,
+    edges: Tensor | None = None,
+    split: Callable[[Tensor, tuple[int, ...]], list[Tensor]] | None = None,
+) -> Tensor:
     """Weigh the bands of a feature map, in differentiable operations of torch.
 
     Args:
@@ -169,6 +177,7 @@ def modulated(x: Tensor, weight: Tensor, bias: Tensor, config: FDConfig, edges: 
         bias: of it, `(groups*maps,)`.
         config: the operator's settings.
         edges: of the bands, `(B, bands)` or `(1, bands)`, where they move.
+        split: gives the low-passes, as `low_passes` does, where they are none of ours.
 
     Returns:
         The shape and dtype of `x`.
@@ -177,7 +186,9 @@ def modulated(x: Tensor, weight: Tensor, bias: Tensor, config: FDConfig, edges: 
     factors = steps(F.conv2d(x, weight, bias, padding=1, groups=config.band_groups), config)
     groups = x.unflatten(1, (config.band_groups, -1)).flatten(0, 1)
     y = factors[:, :1] * groups
-    if edges is not None:
+    if split is not None:
+        low = split(groups, config.bands)
+    elif edges is not None:
         shared = edges.shape[0] == 1
         edges = edges if shared else edges.repeat_interleave(config.band_groups, 0)
         low = soft_low_passes(groups, edges, config.band_softness)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from ..errors import CheckpointError, RecipeError, near_misses
 from .base import Operator, ParameterKind
 from .dynamic_layer import DynamicConv2d, DynamicLayer, DynamicLinear
 from .standing_in import stand_back, stand_in
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class Settings(BaseModel):
@@ -118,7 +120,7 @@ def plain_conv(config: Mapping[str, Any], weight: Tensor) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, config["kernel_size"], **geometry)
 
 
-def loaded(layer: DynamicLayer, state: Mapping[str, Tensor]) -> DynamicLayer:
+def loaded(layer: ModuleT, state: Mapping[str, Tensor]) -> ModuleT:
     """A layer that was built on meta, with the tensors of a state.
 
     Raises:

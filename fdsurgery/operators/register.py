@@ -25,6 +25,7 @@ GROUP = "fdsurgery.operators"
 _SHIPPED = (
     "fdsurgery.operators.fdconv:FDConvOperator",
     "fdsurgery.operators.condconv:CondConvOperator",
+    "fdsurgery.operators.fadc:FADCOperator",
 )
 _WORDS = ("all", "dynamic", "modulation")
 """Names that `fdsurgery.freeze` has another use for."""
