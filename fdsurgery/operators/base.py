@@ -38,7 +38,7 @@ class Operator:
         ...     def settings(self, values):
         ...         return {"kernels": 4, **values}
         >>> Mine().settings_schema()
-        {'kernels': {'description': 'mine: default 4'}}
+        {'kernels': {'description': 'default 4'}}
     """
 
     name: str
@@ -58,7 +58,7 @@ class Operator:
 
     def settings_schema(self) -> dict[str, dict[str, Any]]:
         """The JSON schema of each setting, for editors."""
-        return {key: {"description": f"{self.name}: default {default!r}"} for key, default in self.settings({}).items()}
+        return {key: {"description": f"default {default!r}"} for key, default in self.settings({}).items()}
 
     # What a plan says
 

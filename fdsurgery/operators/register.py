@@ -75,7 +75,16 @@ def operators() -> dict[str, Operator]:
 
 
 def get_operator(name: str) -> Operator:
-    """The operator of that name. Raises `RecipeError`, with near misses, if there is none."""
+    """The operator of that name.
+
+    Raises:
+        RecipeError: there is none; with near misses.
+
+    Examples:
+        >>> import fdsurgery
+        >>> fdsurgery.get_operator("condconv").settings({})
+        {'experts': 8}
+    """
     known = operators()
     if name not in known:
         raise RecipeError(

@@ -74,11 +74,22 @@ class RecipeFile(Entry):
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a recipe file, by which editors complete and check one."""
     schema = RecipeFile.model_json_schema()
-    settings: dict[str, Any] = {}
-    for operator in operators().values():
-        settings = operator.settings_schema() | settings
-    schema["$defs"]["SwapRule"]["properties"]["with"]["properties"] = settings
+    schema["$defs"]["SwapRule"]["properties"]["with"]["properties"] = _settings_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "fdsurgery recipe"}
+
+
+def _settings_schema() -> dict[str, dict[str, Any]]:
+    """The settings of all operators. Of one that several have, which need not agree, only what it is to each."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, operator in operators().items():
+        for key, schema in operator.settings_schema().items():
+            found.setdefault(key, {})[name] = schema
+    merged = {}
+    for key, by_operator in found.items():
+        told = "; ".join(dict.fromkeys(f"{name}: {one.get('description', '')}" for name, one in by_operator.items()))
+        (first, *others) = by_operator.values()
+        merged[key] = {**({} if others else first), "description": told}
+    return merged
 
 
 def read_file(source: YamlSource) -> RecipeFile:
