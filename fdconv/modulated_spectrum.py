@@ -13,7 +13,7 @@ from .modulation import Factors, GlobalModulation, LocalModulation, ZeroInit
 from .onnx_fft import refuse_old_exporter
 from .precision import holds_no_values, without_autocast
 from .reference import Convolution, WeightShape, sample_weights
-from .spectrum import frequency_groups
+from .spectrum import frequency_groups, image_to_weight, spectra_to_image
 from .stored_spectrum import StoredSpectrum
 from .tracing import is_transformed
 
@@ -83,6 +83,18 @@ class ModulatedSpectrum(StoredSpectrum):
         context = self._context(x)
         with without_autocast(context.device):
             return sample_weights(self._spectra(), self.frequency_group, self._factors(context), self._weight_shape())
+
+    @torch.no_grad()
+    def group_kernels(self) -> Tensor:
+        """What each group of frequencies gives to the static weight, which is their sum.
+
+        Returns:
+            `(n, C_out, C_in/groups, k_h, k_w)`, float32 or float64; of several spectra, their sum.
+        """
+        shape = self._kernel_shape()
+        own = [self._spectra() * (self.frequency_group == group)[:, :, None] for group in range(self.config.kernel_num)]
+        images = [spectra_to_image(one, *self._scale(), shape[1] * shape[3]) for one in own]
+        return torch.stack([image_to_weight(image, shape[2:]).view(shape) for image in images])
 
     if TYPE_CHECKING:  # given by `fdconv.plain_calls`
 

@@ -47,3 +47,12 @@ def schedule(model: nn.Module, step: int, steps: int) -> int:
         )
     names = ", ".join(sorted({operator.name for _, operator in dynamic}))
     raise FineTuningError(f"none of the {len(dynamic)} dynamic layers ({names}) has a schedule: nothing is to be set")
+
+
+def steps_of(fraction: float, steps: float) -> int:
+    """After how many of all steps a schedule ends that takes a fraction of them."""
+    if not 0 < fraction <= 1:
+        raise FineTuningError(f"fraction must be above 0 and at most 1, not {fraction}")
+    if steps == float("inf"):
+        raise FineTuningError("training has no last step (max_steps=-1), so a fraction of it is none: set max_steps")
+    return max(1, round(fraction * steps))

@@ -192,6 +192,15 @@ class Operator:
         """
         return None
 
+    def kernels(self, layer: nn.Module) -> Tensor | None:
+        """The kernels that a layer mixes anew for each sample; None for a layer that mixes none.
+
+        Returns:
+            `(K, C_out, C_in/groups, k_h, k_w)`, 1x1 for a linear layer. As they are mixed with equal shares, their mean
+            is the static weight, but for FDConv's and FADC's, which add up to it.
+        """
+        return None
+
     # What is saved
 
     leaf: str | None = None

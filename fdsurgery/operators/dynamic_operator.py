@@ -76,6 +76,11 @@ class DynamicOperator(Operator):
         assert isinstance(layer, DynamicLayer)
         return stand_back(layer, layer.to_plain())
 
+    def kernels(self, layer: nn.Module) -> Tensor | None:
+        assert isinstance(layer, DynamicLayer)
+        stored = layer._stored()
+        return stored.detach() if stored.dim() == 5 and len(stored) > 1 else None
+
     def parameter_kinds(self, layer: nn.Module) -> dict[nn.Parameter, ParameterKind]:
         assert isinstance(layer, DynamicLayer)
         kinds: dict[nn.Parameter, ParameterKind] = dict.fromkeys(layer.parameters(), "modulation")

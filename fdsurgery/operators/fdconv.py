@@ -125,6 +125,10 @@ class FDConvOperator(Operator):
         logits = F.conv2d(x, *layer.FBM.logits_of(), padding=1, groups=groups).unflatten(1, (groups, -1))
         return gate(logits.movedim(2, -1), layer.config.band_activation).movedim(-1, 2)
 
+    def kernels(self, layer: nn.Module) -> Tensor | None:
+        assert isinstance(layer, (FDConv2d, FDLinear))
+        return layer.group_kernels()
+
     def settings_of_tensors(self, plain: nn.Module, tensors: Mapping[str, Shaped], official: bool) -> dict[str, Any]:
         settings: dict[str, Any] = {"band_mask": "interpolated"} if official else {}
         # Official layers are put into our form as they are read; what version 0.1 saved stays in theirs.

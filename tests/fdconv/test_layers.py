@@ -750,3 +750,15 @@ def test_inductor_takes_sizes_that_change() -> None:
         for shape in ((2, 32, 32), (5, 48, 40)):
             x = torch.randn(shape[0], 6, *shape[1:])
             assert (compiled(x) - layer(x)).norm() / layer(x).norm() < 1e-5
+
+
+@pytest.mark.parametrize("spectrum", ["isometric", "paper"])
+@pytest.mark.parametrize("param_ratio", [1, 2])
+def test_the_groups_add_up_to_the_static_weight(spectrum: str, param_ratio: int) -> None:
+    config = FDConfig(kernel_num=4, param_ratio=param_ratio, spectrum=spectrum)  # type: ignore[arg-type]
+    layer = FDConv2d(6, 10, 3, groups=2, config=config)
+    kernels = layer.group_kernels()
+    assert kernels.shape == (4, 10, 3, 3, 3)
+    torch.testing.assert_close(kernels.sum(0), layer.weight.detach())
+    energies = kernels.square().sum((1, 2, 3, 4))
+    assert torch.allclose(energies.sum(), layer.weight.detach().square().sum(), rtol=1e-5), "frequencies do not overlap"
