@@ -31,7 +31,10 @@ from .maps import draw_maps, edge_correlations
 from .training import VARIANTS, Budget, Variant, run
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
-MAIN = ("static", "static, wider", "FDConv", "without FBM")
+MAIN = (
+    *("static", "static, wider", "static in spectral coordinates"),
+    *("FDConv", "FDConv, paper's parametrisation", "without FBM"),
+)
 ABLATED = ("textures", "boundaries")
 """Tasks on which the CPU grid has all variants; the others have the main ones."""
 

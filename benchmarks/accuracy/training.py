@@ -50,10 +50,15 @@ class Variant:
     """What trains after the conversion, for `fdsurgery.freeze`."""
 
 
+ONLY_SPECTRA: dict[str, Any] = {"kernel_num": 1, "ksm_global": False, "ksm_local": False, "fbm_kernel_sizes": ()}
+"""Nothing is dynamic then: what is left is that a plain weight is trained by its spectrum."""
+
 VARIANTS = (
     Variant("static"),
     Variant("static, wider", widened=True),
+    Variant("static in spectral coordinates", ONLY_SPECTRA),
     Variant("FDConv", {}),
+    Variant("FDConv, paper's parametrisation", {"spectrum": "paper", "norm": "batch"}),
     Variant("n = 1", {"kernel_num": 1}),
     Variant("n = 4", {"kernel_num": 4}),
     Variant("n = 16", {"kernel_num": 16}),
