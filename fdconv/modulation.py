@@ -124,9 +124,9 @@ class StarReLU(nn.Module):
 
 
 class ContextBatchNorm(nn.BatchNorm1d):
-    """BatchNorm of `(B, A)`, in the input's precision, that trains on a single sample too.
+    """BatchNorm of `(B, A)` or `(B, A, positions)`, in the input's precision, that trains on a single value too.
 
-    One sample has no variance, so the running statistics serve, and stay as they are.
+    One value of each channel has no variance, so the running statistics serve, and stay as they are.
     """
 
     running_mean: Tensor
@@ -136,7 +136,7 @@ class ContextBatchNorm(nn.BatchNorm1d):
     def forward(self, x: Tensor) -> Tensor:
         mean, var = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        if not (self.training and x.shape[0] > 1):
+        if not (self.training and x.numel() > x.shape[1]):
             return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
         self.num_batches_tracked.add_(1)
         # As nn.BatchNorm1d has it, None stands for the mean over all batches (torch.optim.swa_utils.update_bn sets it).

@@ -206,7 +206,10 @@ def _with_costs(decisions: tuple[Decision, ...], model: nn.Module, seen: Observa
 
 def _twin(site: Site, layer: nn.Module) -> nn.Module:
     """A plain layer of the shape of a site's."""
-    geometry = {"kernel_size": site.kernel_size, "groups": site.groups} if site.convolves else {}
+    names = ("kernel_size", "stride", "padding", "dilation", "groups") if site.convolves else ()
+    geometry: dict[str, Any] = {name: getattr(site, name) for name in names}
+    if site.pads_same:  # which is asked for an input that is padded already
+        geometry["padding"] = 0
     bias = layer.bias is not None
     return kind_named(site.kind).make(site.in_channels, site.out_channels, bias=bias, **geometry)
 

@@ -26,6 +26,7 @@ _SHIPPED = (
     "fdsurgery.operators.fdconv:FDConvOperator",
     "fdsurgery.operators.condconv:CondConvOperator",
     "fdsurgery.operators.fadc:FADCOperator",
+    "fdsurgery.operators.dcd:DCDOperator",
 )
 _WORDS = ("all", "dynamic", "modulation")
 """Names that `fdsurgery.freeze` has another use for."""
