@@ -205,13 +205,12 @@ def _with_costs(decisions: tuple[Decision, ...], model: nn.Module, seen: Observa
 
 
 def _twin(site: Site, layer: nn.Module) -> nn.Module:
-    """A plain layer of the shape of a site's."""
-    names = ("kernel_size", "stride", "padding", "dilation", "groups") if site.convolves else ()
-    geometry: dict[str, Any] = {name: getattr(site, name) for name in names}
-    if site.pads_same:  # which is asked for an input that is padded already
+    """A plain layer of the shape and the geometry of a site's; one that pads by size itself takes a padded input."""
+    kind, bias = kind_named(site.kind), layer.bias is not None
+    geometry = {name: getattr(site, name) for name in kind.geometry_names}
+    if site.pads_same:
         geometry["padding"] = 0
-    bias = layer.bias is not None
-    return kind_named(site.kind).make(site.in_channels, site.out_channels, bias=bias, **geometry)
+    return kind.make(site.in_channels, site.out_channels, bias=bias, **geometry)
 
 
 def _multiply_adds_added(decision: Decision, new: nn.Module, layer: nn.Module, seen: Observation) -> dict[str, int]:

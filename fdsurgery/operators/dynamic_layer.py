@@ -107,7 +107,7 @@ class DynamicLayer(WithStaticWeight):
         with without_autocast(context.device):
             given = self._given(context)
             own = self._sample_bias(given)
-        y = convolve_made(x, self._make, given, self._shared(), self._kernel_shape(), conv, self._stored().dtype)
+        y = self._applied(given, x, conv)
         if self.bias is not None:
             own = self.bias[None] if own is None else own + self.bias.to(own.dtype)
         if own is None:
@@ -115,6 +115,10 @@ class DynamicLayer(WithStaticWeight):
         positions = (1,) * (y.dim() - 2)  # behind the channels of a convolution, before those of a linear layer
         shape = (own.shape[0], *positions, own.shape[1]) if conv is None else (*own.shape, *positions)
         return y + own.to(y.dtype).view(shape)
+
+    def _applied(self, given: Sequence[Tensor], x: Tensor, conv: Convolution | None) -> Tensor:
+        """The result for inputs that are padded as far as a convolution cannot do it, without any bias."""
+        return convolve_made(x, self._make, given, self._shared(), self._kernel_shape(), conv, self._stored().dtype)
 
     def sample_weights(self, x: Tensor) -> Tensor:
         """The weights that the samples of a batch are given, for those who want to look at them.
