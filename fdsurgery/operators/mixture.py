@@ -3,7 +3,35 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from fdconv.modulation import ZeroInit
+
+HOTTEST = 30.0
+"""Temperature at which an attention starts that is annealed: near uniform, while the kernels are young."""
+
+
+class RandomHead(ZeroInit):
+    """Logits of kernels. Equal ones move apart only if their attention differs, so this one is not zero at the start.
+
+    The weight is drawn as the authors of DY-Conv and ODConv do (Kaiming, fan-out); the bias is zero.
+    """
+
+    def reset_parameters(self) -> None:
+        """Draw the weight anew."""
+        super().reset_parameters()
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+
+
+@torch.no_grad()
+def anneal_(temperature: Tensor, progress: float) -> None:
+    """`1 + 29*max(0, 1 - progress)`, in place: linear from `HOTTEST` to 1.
+
+    Args:
+        temperature: `(1,)`.
+        progress: 0 at the first step, 1 at the last one and ever after.
+    """
+    temperature.fill_(1 + (HOTTEST - 1) * (1 - min(max(progress, 0.0), 1.0)))
 
 
 def mixed(attention: Tensor, kernels: Tensor) -> Tensor:

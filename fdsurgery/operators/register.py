@@ -25,6 +25,8 @@ GROUP = "fdsurgery.operators"
 _SHIPPED = (
     "fdsurgery.operators.fdconv:FDConvOperator",
     "fdsurgery.operators.condconv:CondConvOperator",
+    "fdsurgery.operators.dyconv:DyConvOperator",
+    "fdsurgery.operators.odconv:ODConvOperator",
     "fdsurgery.operators.fadc:FADCOperator",
     "fdsurgery.operators.dcd:DCDOperator",
 )
