@@ -69,6 +69,8 @@ class Overrides:
 
     settings: dict[str, Any]
     operator: str | None = None
+    for_trained: bool = False
+    """Trained layers will be loaded, so it does not matter how fresh ones would start."""
 
     def check(self, operators: Iterable[Operator]) -> None:
         """Raise `RecipeError` for a setting that none of the operators has."""
@@ -175,7 +177,7 @@ def _decide(site: Site, recipe: Recipe, overrides: Overrides, delegated: Decisio
             if site.caution is not None and not swap.anyway:
                 return Decision(site, site.caution, rule=swap.label)
             operator, settings = overrides.settings_for(swap)
-            refusal = operator.refusal(site, settings)
+            refusal = (operator.refusal_of_trained if overrides.for_trained else operator.refusal)(site, settings)
             if refusal is not None:
                 return Decision(site, refusal, rule=swap.label)
             told = f"{swap.describe()}; swapped anyway: {site.caution}" if site.caution else swap.describe()

@@ -8,6 +8,7 @@ from typing import Any
 from .files import Checkpoint, load_tensors, open_checkpoint
 from .matching import MisfitError, Problem
 from .planning import CheckpointPlan, plan_checkpoint
+from .whole import WholePlan, load_official_state_dict, official_state_dict
 from .writing import OnBytes, carry_out
 
 __all__ = [
@@ -16,15 +17,18 @@ __all__ = [
     "MisfitError",
     "OnBytes",
     "Problem",
+    "WholePlan",
     "carry_out",
     "convert_checkpoint",
+    "load_official_state_dict",
     "load_tensors",
+    "official_state_dict",
     "open_checkpoint",
     "plan_checkpoint",
 ]
 
 
-def convert_checkpoint(source: str | Path, destination: str | Path, **options: Any) -> CheckpointPlan:
+def convert_checkpoint(source: str | Path, destination: str | Path, **options: Any) -> CheckpointPlan | WholePlan:
     """Plan and carry out the conversion of a checkpoint; see `plan_checkpoint` and `carry_out`."""
     plan = plan_checkpoint(source, destination, **options)
     carry_out(plan)

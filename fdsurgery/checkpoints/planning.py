@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, DiscoveryError, SurgeryError, near_misses
 from ..integrations import LIBRARIES, SourceError
-from ..operators import BuildError, Wanted, build_layers, get_operator
+from ..operators import BuildError, Operator, Wanted, build_layers, get_operator, operators
 from ..plan import Plan
 from ..planning import plan
 from ..recipe import Recipe, load_recipe, matches_any
@@ -24,6 +24,7 @@ from ..saving.folder import DESCRIPTION, FORMAT
 from .files import DTYPES, Checkpoint, open_checkpoint
 from .matching import FORMS, Asked, Fit, Form, Layer, MisfitError, Problem, fit_model, form_of
 from .steps import FILE_SUFFIXES, OutputFile, files_of, official_form, official_layer, official_steps, own_steps
+from .whole import WholePlan, official_operator, plan_reading, plan_writing
 
 RECORD = "conversion.json"
 """In a folder that a conversion wrote: what it was."""
@@ -112,7 +113,7 @@ def plan_checkpoint(
     key: str | None = None,
     operator: str | None = None,
     settings: dict[str, Any] | None = None,
-) -> CheckpointPlan:
+) -> CheckpointPlan | WholePlan:
     """Plan the conversion of a checkpoint, and check that every tensor has its place.
 
     Args:
@@ -143,7 +144,11 @@ def plan_checkpoint(
     except OSError as error:
         raise CheckpointError(f"{destination} cannot be written: {error.strerror or error}") from None
     checkpoint = open_checkpoint(source, key)
+    if (theirs := official_operator(checkpoint)) is not None and source_form in ("auto", "official") and to == "ours":
+        return _reading_whole(checkpoint, destination, theirs, model, recipe, settings or {})
     seen = form_of(checkpoint)
+    if seen == "ours" and to == "official" and _has_no_streaming_form(checkpoint):
+        return plan_writing(checkpoint, _as_file(destination))
     form = next((form for form in FORMS if form == source_form), seen)
     if (form == "plain") != (seen == "plain"):
         has = "has" if form == "plain" else "has no"
@@ -157,6 +162,36 @@ def plan_checkpoint(
     if recipe == "auto":
         raise CheckpointError(f"{source} does not say what model it is of; give --model SPEC, or --recipe NAME")
     return _with_search(asked, recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
+
+
+def _reading_whole(
+    checkpoint: Checkpoint,
+    destination: Path,
+    operator: Operator,
+    model: str | None,
+    recipe: str | Path | Recipe,
+    settings: dict[str, Any],
+) -> WholePlan:
+    if model is None:
+        raise CheckpointError(
+            f"{checkpoint.path} is a checkpoint of {operator.name}, by the names of its tensors, and does not say what "
+            "model it is of; give --model SPEC"
+        )
+    if destination.suffix in FILE_SUFFIXES:
+        raise CheckpointError(f"{destination} is a file, and what is made of {checkpoint.path} is a folder; give one")
+    return plan_reading(checkpoint, destination, operator, model, recipe, settings)
+
+
+def _has_no_streaming_form(checkpoint: Checkpoint) -> bool:
+    """True for a folder of ours with layers that the authors' code names otherwise than we do."""
+    leaves = {name.rpartition(".")[2] for name in checkpoint.tensors}
+    return any(one.leaf in leaves and one.official is None for one in operators().values())
+
+
+def _as_file(destination: Path) -> Path:
+    if destination.suffix not in FILE_SUFFIXES:
+        raise CheckpointError(f"{destination} must be a file that ends in {', '.join(FILE_SUFFIXES)}")
+    return destination
 
 
 def _check_destination(source: Path, destination: Path) -> None:

@@ -28,6 +28,7 @@ from ..saving.folder import DESCRIPTION, weights_metadata
 from .files import DTYPES, INDEX, Checkpoint, bytes_of
 from .planning import RECORD, CheckpointPlan
 from .steps import Build, Copy, Output, OutputFile, Part, Rescale, Step
+from .whole import WholePlan, carry_out_whole
 
 OnBytes = Callable[[int], None]
 _STAMP = "stamp"
@@ -36,7 +37,7 @@ _OLDER = "older"
 _ZEROS = memoryview(bytes(8))
 
 
-def carry_out(plan: CheckpointPlan, on_bytes: OnBytes = lambda count: None) -> Path:
+def carry_out(plan: CheckpointPlan | WholePlan, on_bytes: OnBytes = lambda count: None) -> Path:
     """Convert a checkpoint as planned.
 
     Args:
@@ -51,6 +52,10 @@ def carry_out(plan: CheckpointPlan, on_bytes: OnBytes = lambda count: None) -> P
         CheckpointError: the checkpoint has changed or holds what has no spectrum, or the result cannot be written. The
             destination is as it was.
     """
+    if isinstance(plan, WholePlan):
+        carry_out_whole(plan)
+        on_bytes(plan.nbytes)
+        return plan.destination
     destination = Path(os.path.abspath(plan.destination))
     scratch = destination.parent / f".{destination.name}.partial"
     try:

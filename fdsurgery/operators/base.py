@@ -66,6 +66,10 @@ class Operator:
         """Why this operator cannot take the site, in words; None if it can."""
         return None
 
+    def refusal_of_trained(self, site: Site, settings: dict[str, Any]) -> str | None:
+        """As `refusal`, where a trained layer is to be loaded, and it does not matter how a fresh one would start."""
+        return self.refusal(site, settings)
+
     def resolve(self, sites: Sequence[Site], settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The settings of all sites that a plan gives to this operator, completed with what follows from all of them.
 
@@ -234,6 +238,36 @@ class Operator:
             CheckpointError: a setting is missing or unknown, or the state does not fit.
         """
         raise CheckpointError(f"layers of the authors' code cannot be read as {self.name}")
+
+    def to_official(self, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        """The tensors of this operator's layers in a model, as the authors' code has them.
+
+        Args:
+            layers: all of them, by name; perhaps on meta.
+
+        Returns:
+            By the names that they have in the state dict of the authors' whole model.
+
+        Raises:
+            CheckpointError: the authors' code has no such layers.
+        """
+        raise CheckpointError(f"no form of the authors' is known for layers of {self.name}")
+
+    def from_official(self, layers: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Undo `to_official`.
+
+        Args:
+            layers: as for `to_official`, made with the settings that the authors' layers have.
+            state: of the authors' whole model; has every name that `to_official` gives.
+
+        Returns:
+            Tensors of the layers by their full names in our model, as far as the authors' code saves them.
+        """
+        raise CheckpointError(f"no form of the authors' is known for layers of {self.name}")
+
+    def is_official(self, names: Collection[str]) -> bool:
+        """True if a checkpoint with tensors of these names is of the authors' code, in the form of `to_official`."""
+        return False
 
     official: OfficialForm | None = None
     """How the authors' code saves such layers; None if that can be neither read nor written."""

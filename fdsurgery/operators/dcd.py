@@ -45,6 +45,7 @@ class DCDOperator(DynamicOperator):
     name = "dcd"
     title = "[Dynamic convolution by matrix decomposition](https://arxiv.org/abs/2103.08756)"
     leaf = "dcd_weight"
+    official_leaf = "fc_phi.weight"
     unseen_settings = ("variant",)
     settings_class = DCDSettings
     conv_layer = DCDConv2d
@@ -101,8 +102,11 @@ class DCDOperator(DynamicOperator):
             del settings["variant"]
         settings = self.settings({**self.settings_of_tensors(plain, state, True), **settings})
         layer = self.make(plain, settings).train(config.get("mode") == "train")
+        return loaded(layer, self.own_state(layer, state))
+
+    def own_state(self, layer: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ours = {theirs: own for own, theirs in _names(layer).items()}
-        return loaded(layer, {ours.get(name, name): tensor for name, tensor in state.items()})
+        return {ours.get(name, name): tensor for name, tensor in state.items()}
 
     def official_state(self, layer: nn.Module) -> dict[str, Tensor]:
         """What the authors' layer would have saved. Raises `CheckpointError` for a convolution with a bias."""

@@ -87,6 +87,36 @@ class DynamicOperator(Operator):
         kinds[layer._stored()] = "weight"
         return kinds | super().parameter_kinds(layer)
 
+    # Layers of the authors' code, in whole models
+
+    official_leaf: ClassVar[str] = ""
+    """A tensor that each layer of the authors' has, and no other operator's; empty where checkpoints are not read."""
+
+    def official_state(self, layer: nn.Module) -> dict[str, Tensor]:
+        """The state of one layer under the authors' names, at their scale."""
+        raise CheckpointError(f"no form of the authors' is known for layers of {self.name}")
+
+    def own_state(self, layer: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Undo `official_state`: tensors of the layer, under our names, of those that the authors' code saves."""
+        raise CheckpointError(f"no form of the authors' is known for layers of {self.name}")
+
+    def to_official(self, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        return {
+            f"{fqn}.{name}": tensor
+            for fqn, layer in layers.items()
+            for name, tensor in self.official_state(layer).items()
+        }
+
+    def from_official(self, layers: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = {}
+        for fqn, layer in layers.items():
+            own = {name: state[f"{fqn}.{name}"] for name in self.official_state(layer)}
+            found.update({f"{fqn}.{name}": tensor for name, tensor in self.own_state(layer, own).items()})
+        return found
+
+    def is_official(self, names: Collection[str]) -> bool:
+        return bool(self.official_leaf) and any(name.endswith(f".{self.official_leaf}") for name in names)
+
 
 # Layers of the authors' code
 

@@ -310,14 +310,18 @@ class FADCOperator(DynamicOperator):
     name = "fadc"
     title = "[FADC](https://arxiv.org/abs/2403.05369)"
     leaf = "fadc_weight"
+    official_leaf = "conv_offset.weight"
     unseen_settings = ("bands", "low_band", "dilation_rule", "padding")
     settings_class = FADCSettings
     conv_layer = FADConv2d
 
-    def refusal(self, site: Site, settings: dict[str, Any]) -> str | None:
+    def refusal_of_trained(self, site: Site, settings: dict[str, Any]) -> str | None:
         if (why := super().refusal(site, settings)) is not None:
             return why
-        if (why := cannot(site.in_channels, site.kernel_size, site.dilation, settings)) is not None:
+        return cannot(site.in_channels, site.kernel_size, site.dilation, settings)
+
+    def refusal(self, site: Site, settings: dict[str, Any]) -> str | None:
+        if (why := self.refusal_of_trained(site, settings)) is not None:
             return why
         if settings["adadr"] and settings["dilation_rule"] == "abs" and site.dilation == (1, 1):
             return "dilation_rule=abs has no gradient where it starts, at a dilation of 1; use relu"
@@ -411,9 +415,11 @@ class FADCOperator(DynamicOperator):
             layer = self.make(plain, self.settings(settings)).train(config.get("mode") == "train")
         except (RecipeError, ValueError) as error:
             raise CheckpointError(str(error)) from None
+        return loaded(layer, self.own_state(layer, state))
+
+    def own_state(self, layer: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         own = {name: tensor for name, tensor in state.items() if name not in ("weight", "dilated_offset")}
-        own["fadc_weight"] = state["weight"] / 2
-        return loaded(layer, own)
+        return {**own, "fadc_weight": state["weight"] / 2}
 
     def official_state(self, layer: nn.Module) -> dict[str, Tensor]:
         """The tensors of a layer, or of a `FreqSelect`, under the authors' names and at their scale.

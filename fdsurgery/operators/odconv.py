@@ -263,6 +263,7 @@ class ODConvOperator(DynamicOperator):
     name = "odconv"
     title = "[ODConv](https://arxiv.org/abs/2209.07947)"
     leaf = "od_kernels"
+    official_leaf = "attention.channel_fc.weight"
     settings_class = ODConvSettings
     conv_layer = ODConv2d
     linear_layer = ODLinear
@@ -315,10 +316,13 @@ class ODConvOperator(DynamicOperator):
             settings |= self._width_settings(squeeze.shape)
         layer = self.make(plain, self.settings(settings)).train(config.get("mode") == "train")
         assert isinstance(layer, _ODConv)
+        temperature = state["weight"].new_full((1,), config.get("temperature", 1))
+        return loaded(layer, {**self.own_state(layer, state), "temperature": temperature})
+
+    def own_state(self, layer: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        assert isinstance(layer, _ODConv)
         own = {name: tensor for name, tensor in state.items() if name != "weight"}
-        own["od_kernels"] = state["weight"] / _official_scale(layer)
-        own["temperature"] = state["weight"].new_full((1,), config.get("temperature", 1))
-        return loaded(layer, own)
+        return {**own, "od_kernels": state["weight"] / _official_scale(layer)}
 
     def official_state(self, layer: nn.Module) -> dict[str, Tensor]:
         """The state of a layer under the authors' names, bit for bit; the temperature is no part of it.
