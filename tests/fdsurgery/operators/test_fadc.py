@@ -19,7 +19,7 @@ import fdsurgery
 from fdsurgery.discovery.site import Site
 from fdsurgery.errors import CheckpointError, RecipeError
 from fdsurgery.operators import adaptive_dilation, get_operator
-from fdsurgery.operators.fadc import FADConv2d
+from fdsurgery.operators.fadc_layer import FADConv2d
 from fdsurgery.operators.freq_select import FreqSelect, centred_low_passes
 from fdsurgery.recipe import parse_recipe
 
