@@ -12,6 +12,8 @@ from fdsurgery.saving.source import SourceError, build
 
 BASES = {"ffn", "generic"}
 RECIPES = {name: load_recipe(name) for name in shipped_recipes()}
+BY_NAME = {name for name, recipe in RECIPES.items() if not recipe.match.root} - BASES
+"""Those that no model is recognised by, such as placements of another operator."""
 CHECKS = [(name, figures) for name, recipe in RECIPES.items() for figures in recipe.figures]
 
 
@@ -41,7 +43,7 @@ LARGE = ("OneFormer", "Detr", "TableTransformer", "fasterrcnn", "maskrcnn")
     ],
 )
 def test_figures(name: str, figures: Figures) -> None:
-    plan = planned(figures.model)
+    plan = planned(figures.model, name if name in BY_NAME else "auto")
     assert plan.recipe == name
     multiply_adds = sum(decision.site.multiply_adds for decision in plan.swaps)
     measured = {
@@ -59,7 +61,8 @@ def test_a_recipe_is_complete(name: str) -> None:
     recipe = RECIPES[name]
     assert recipe.description.endswith(".")
     assert recipe.figures or name in BASES
-    assert recipe.match.timm or recipe.match.transformers or recipe.match.torchvision or name in BASES
+    assert recipe.match.timm or recipe.match.transformers or recipe.match.torchvision or name in BASES | BY_NAME
+    assert (name in BY_NAME) == ("asked for by name" in recipe.description.replace("\n", " "))
     assert all(len(rule.because.split()) >= 4 for rule in recipe.keep), "a reason, not a label"
 
 
