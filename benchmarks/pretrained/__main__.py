@@ -91,7 +91,7 @@ def _wanted(
     """The rows to train, by seed and net."""
     for row in ROWS:
         if unknown := unknown_settings(row):
-            print(f"left out: {row.name}: the installed FDConfig has no {', '.join(unknown)}")
+            print(f"left out: {row.name}: the installed {row.operator} has no {', '.join(unknown)}")
     done = {(line["net"], line["row"], line["seed"]) for line in lines}
     wanted: dict[tuple[int, Net], list[str]] = {}
     for net in nets:  # those that take longest first

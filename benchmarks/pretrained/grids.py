@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from fdconv import FDConfig
+from fdsurgery.operators import get_operator
 
 ONLY_SPECTRA: dict[str, Any] = {"kernel_num": 1, "ksm_global": False, "ksm_local": False, "fbm_kernel_sizes": ()}
 MEASURES = ("known", "unseen", "known_boundary", "unseen_boundary")
@@ -18,6 +18,7 @@ class Row:
     name: str
     settings: dict[str, Any] | None = None
     """Of the operator, over the recipe's; None for a net that stays plain."""
+    operator: str = "fdconv"
     steps: str = "equal"
     """`equal`, `none`, or `time`: as many as take the time of `converted`."""
     adapter: bool = False
@@ -37,12 +38,19 @@ ROWS = (
     Row("kernel_num 4", {"kernel_num": 4}),
     Row("kernel_num 16", {"kernel_num": 16}),
     Row(TIMED, steps="time"),
+    Row("CondConv 8x", {}, "condconv"),
+    Row("DY-Conv 4x", {}, "dyconv"),
+    Row("DCD", {}, "dcd"),
+    Row("ODConv 1x", {"kernels": 1}, "odconv"),
+    Row("ODConv 4x", {"kernels": 4}, "odconv"),
+    Row("KW 1x", {"ratio": 1}, "kernel_warehouse"),
+    Row("FADC", {}, "fadc"),
 )
 
 
 def unknown_settings(row: Row) -> list[str]:
     """Settings of a row that the installed operator does not have."""
-    return sorted(set(row.settings or ()) - {field.name for field in fields(FDConfig)})
+    return sorted(set(row.settings or ()) - get_operator(row.operator).settings({}).keys())
 
 
 @dataclass(frozen=True)
@@ -86,8 +94,8 @@ class Grid:
     """Real weights and art; else drawn ones."""
 
 
-# EfficientNet-Lite's dynamic layers are 1x1, whose input has no bands to modulate: all of it is KSM.
-NO_BANDS = ("KSM only", "bands only")
+# EfficientNet-Lite's dynamic layers are 1x1, whose input has no bands to modulate, and no taps to move apart.
+NO_BANDS = ("KSM only", "bands only", "FADC")
 ON_RESNET = ("converted, paper's parametrisation", "no modulation (spectra only)", "kernel_num 4", "kernel_num 16")
 GRIDS = {
     "cpu": Grid(

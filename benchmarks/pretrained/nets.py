@@ -178,8 +178,8 @@ def count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def converted(net: Segmenter, family: str, settings: dict[str, Any]) -> Segmenter:
+def converted(net: Segmenter, family: str, settings: dict[str, Any], operator: str = "fdconv") -> Segmenter:
     """The same net with its trained stages made dynamic, by the recipe of its family (`lite` or `resnet`)."""
     image = torch.zeros(1, 3, 64, 64, device=next(net.parameters()).device)
-    fdsurgery.convert(net, FOLDER / f"{family}.yaml", example_inputs=image, **settings)
+    fdsurgery.convert(net, FOLDER / f"{family}.yaml", example_inputs=image, operator=operator, **settings)
     return net

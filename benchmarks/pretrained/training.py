@@ -111,7 +111,7 @@ def run(grid: Grid, net: Net, row: Row, seed: int, steps: int, cache: Path, devi
     if row.adapter:
         model = adapted(model, net.family)
     if row.settings is not None:
-        model = converted(model, net.family, row.settings)
+        model = converted(model, net.family, row.settings, row.operator)
     model.train()
     seconds = train(model, begin.train, steps, seed + 1000, grid)
     return {

@@ -401,3 +401,39 @@ def test_onnx_gives_the_same(name: str, tmp_path: Path) -> None:
         x = images(size)
         (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         assert distance(torch.from_numpy(y), model(x)) < 1e-4
+
+
+DDP = """
+import sys, torch, torch.distributed as dist, torch.multiprocessing as mp
+sys.path[:0] = sys.argv[2:]
+from battery import images, trained
+
+def work(rank, file, name):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    model = torch.nn.parallel.DistributedDataParallel(trained(name))
+    model(images(4)[rank * 2 : rank * 2 + 2]).square().mean().backward()
+    if rank == 0:
+        found = {fqn: one.grad for fqn, one in model.module.named_parameters() if one.grad is not None}
+        torch.save(found, file + ".grads")
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    name, _, file = sys.argv[1].partition(":")
+    mp.spawn(work, (file, name), 2)
+"""
+
+
+@pytest.mark.long
+def test_two_processes_train_as_one(name: str, tmp_path: Path) -> None:
+    model = trained(name)
+    model(images(4)).square().mean().backward()
+    script = tmp_path / "script.py"
+    script.write_text(DDP, encoding="utf-8")
+    subprocess.run([sys.executable, str(script), f"{name}:{tmp_path / 'store'}", *sys.path], check=True)
+    found = torch.load(tmp_path / "store.grads")
+    own = {fqn: one.grad for fqn, one in model.named_parameters() if one.grad is not None}
+    assert found.keys() == own.keys()
+    for fqn, gradient in own.items():
+        if gradient.norm() > 1e-6:
+            assert distance(found[fqn], gradient) < 1e-4, fqn
