@@ -450,6 +450,22 @@ def test_parameters_and_products_of_a_resnet50() -> None:
     assert round(products["folded"] / 1e9, 3) == 0.315
 
 
+@pytest.mark.parametrize(("recipe", "added"), [("dcd_resnet", 4_049_032), ("dcd_resnet_classifier", 4_278_024)])
+def test_recipes(recipe: str, added: int) -> None:
+    with torch.device("meta"):
+        model = timm.create_model("resnet50")
+        plan = fdsurgery.plan(model, recipe)
+        assert plan.parameters_added == added
+        names = {one.site.name for one in plan.swaps}
+        blocks = {name for name, _ in model.named_modules() if re.fullmatch(r"layer\d\.\d+\.conv[123]", name)}
+        assert names == blocks | ({"fc"} if recipe == "dcd_resnet_classifier" else set()) and len(blocks) == 48
+        basic = fdsurgery.plan(timm.create_model("resnet18"), recipe, variant="basic")
+    assert {one.settings["variant"] for one in basic.swaps} == {"basic"}
+    assert (
+        fdsurgery.load_recipe("resnet").swap[0].operator == "fdconv" != fdsurgery.load_recipe(recipe).swap[0].operator
+    )
+
+
 def test_products_are_those_of_torchs_counter() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
