@@ -285,10 +285,9 @@ class DCDLinear(DCDLayer, DynamicLinear):  # type: ignore[misc, override]
         with without_autocast(x.device):
             scale, phi = self._gates(context)
             rows = z.unsqueeze(1) if z.dim() == 2 else z.flatten(1, -2)
-            added = (
-                self._added(rows.transpose(1, 2).to(context.dtype), phi).transpose(1, 2).reshape(z.shape).to(y.dtype)
-            )
-        factor = scale.to(y.dtype).view(len(y), *(1,) * (y.dim() - 2), y.shape[-1])
+            added = self._added(rows.transpose(1, 2).to(context.dtype), phi).transpose(1, 2)
+            added = added.reshape(z.shape).to(y.dtype)
+        factor = scale.to(y.dtype).view(y.shape[0], *(1,) * (y.dim() - 2), y.shape[-1])
         return torch.addcmul(F.linear(added, self._p), factor, y)
 
     def _sample_bias(self, given: Sequence[Tensor]) -> Tensor:
@@ -305,8 +304,9 @@ class DCDLinear(DCDLayer, DynamicLinear):  # type: ignore[misc, override]
 
 
 def _product(sizes: Sequence[int]) -> int:
+    """`math.prod`, also of the symbols that a compiler has in the place of sizes."""
     product = 1
-    for size in sizes:  # math.prod would have the compiler guard against every other size
+    for size in sizes:
         product = product * size
     return product
 
