@@ -584,3 +584,62 @@ def test_a_recipe_mixes_operators() -> None:
     assert fdsurgery.verify(before, after, x).ok
     restored = fdsurgery.restore(perturb_(after))
     assert type(restored.conv2) is nn.Conv2d and restored.conv2.dilation == (2, 2)
+
+
+# Placements
+
+
+def planned(model: nn.Module, recipe: Any, size: int = 96, **given: Any) -> Any:
+    return fdsurgery.plan(model, recipe, example_inputs=torch.empty(1, 3, size, size, device="meta"), **given)
+
+
+def test_a_resnet50_gains_as_many_parameters_as_the_authors() -> None:
+    import timm
+
+    with torch.device("meta"):
+        model = timm.create_model("resnet50")
+        plan = planned(model, "fadc_resnet", 256)
+        stages: dict[str, int] = dict.fromkeys(("layer1", "layer2", "layer3", "layer4"), 0)
+        for decision in planned(model, parse_recipe("swap: [{where: {name: '*.conv2'}, operator: fadc}]")).swaps:
+            stages[decision.site.name.partition(".")[0]] += decision.parameters_added
+        assert fdsurgery.plan(model).recipe == "resnet", "it is asked for by name"
+    assert len(plan.swaps) == 13 and plan.parameters_added == 926_377
+    assert sum(stages.values()) == 968_272 and stages["layer3"] + stages["layer4"] == 814_965
+    # At 256 px: 90 products for offsets and masks, and 36 for sampling, of each channel and position of the outputs,
+    # of which stage 2 has 4 layers of 32x32 with 128 channels, and so on.
+    points = 4 * 128 * 32**2 + 6 * 256 * 16**2 + 3 * 512 * 8**2
+    groups = 4 * 32**2 + 6 * 16**2 + 3 * 8**2
+    counted = [decision.multiply_adds_by_component for decision in plan.swaps]
+    assert sum(one["dilation"] for one in counted) == 90 * points
+    assert sum(one["sampling"] for one in counted) == 36 * points + 72 * groups
+
+
+@pytest.mark.long
+def test_dilated_networks_are_placed_by_name() -> None:
+    import timm
+    import torchvision
+
+    with torch.device("meta"):
+        stretched = timm.create_model("resnet50", output_stride=8)
+        segmenter = torchvision.models.segmentation.deeplabv3_resnet50(None, weights_backbone=None, aux_loss=True)
+        mixed = parse_recipe("extends: fadc\nswap: [{where: {role: pointwise, name: '*layer4.*'}, operator: fdconv}]")
+        plans = [planned(stretched, "fadc"), planned(segmenter, "fadc"), planned(segmenter, mixed)]
+    assert [len(plan.swaps) for plan in plans[:2]] == [9, 12] and plans[0].parameters_added == 814_965
+    dilations = {one.site.name: one.site.dilation[0] for one in plans[1].swaps}
+    assert set(dilations.values()) == {1, 2, 4, 12, 24, 36}
+    assert all(name.startswith(("backbone.layer3.", "backbone.layer4.", "classifier.0.convs.")) for name in dilations)
+    operators = {one.site.name: one.operator for one in plans[2].swaps}
+    assert {operators[name] for name in dilations} == {"fadc"}
+    assert operators["backbone.layer4.1.conv1"] == operators["backbone.layer4.1.conv3"] == "fdconv"
+
+
+@pytest.mark.long
+def test_a_dilated_network_computes_what_it_did() -> None:
+    import timm
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 97, 64)
+    before = fdsurgery.testing.settle_(timm.create_model("resnet26", output_stride=8, num_classes=10), x).eval()
+    recipe = parse_recipe("extends: fadc\nswap: [{where: {role: pointwise, name: 'layer4.*'}, operator: fdconv}]")
+    after = fdsurgery.convert(copy.deepcopy(before), recipe, example_inputs=x)
+    assert fdsurgery.verify(before, after, x).ok and error(after(x), before(x)) < 2e-6
