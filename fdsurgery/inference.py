@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import DiscoveryError, UnsupportedModelError
 from .norms import fuse_norms
-from .operators import operator_of
+from .operators import made_layers
 from .rewrite.check_model import refuse_unsupported
 
 GRAPHS = 8
@@ -63,7 +63,7 @@ def compile_for_inference(model: nn.Module, *, example_inputs: Any = None) -> nn
         True
     """
     refuse_unsupported(model)
-    if all(operator_of(layer) is None for layer in model.modules()):
+    if not made_layers(model):
         raise UnsupportedModelError(
             f"this {type(model).__name__} has no dynamic layers to prepare: convert it first, fdsurgery.convert(model)"
         )
@@ -71,7 +71,7 @@ def compile_for_inference(model: nn.Module, *, example_inputs: Any = None) -> nn
         raise UnsupportedModelError("this model was prepared for inference already")
     shared = [*model.parameters(), *model.buffers()]
     fast = copy.deepcopy(model, {id(tensor): tensor for tensor in shared}).eval()
-    dynamic = [(layer, operator) for layer in fast.modules() if (operator := operator_of(layer)) is not None]
+    dynamic = made_layers(fast).values()
     try:
         if any(operator.folds_norms for _, operator in dynamic):
             fuse_norms(fast, example_inputs=example_inputs)

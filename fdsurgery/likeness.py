@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from .discovery.inputs import guesses
 from .discovery.kinds import kind_of
 from .discovery.shadow import twin_of
-from .operators import operator_of
+from .operators import made_layers, operator_of
 from .rewrite.tree import swapped
 
 _SWITCHES = {
@@ -43,7 +43,7 @@ def first_difference(model: nn.Module, rebuilt: nn.Module) -> str | None:
         model: converted; only read. Of its dynamic layers the geometry is compared with the plain layer's.
         rebuilt: plain, best on meta. It is changed: use it for nothing else.
     """
-    dynamic = {fqn for fqn, layer in model.named_modules() if operator_of(layer) is not None}
+    dynamic = set(made_layers(model))
     return (
         _of_modules(model, rebuilt, dynamic)
         or _of_tensors(model, rebuilt, dynamic)

@@ -15,7 +15,7 @@ from .discovery.flow import Flow, Node, shape_of
 from .discovery.kinds import known_kind
 from .discovery.shadow import has_hooks, same_random_numbers
 from .errors import UnsupportedModelError
-from .operators import Operator, operator_of
+from .operators import Operator, made_layers
 from .rewrite.check_model import refuse_unsupported
 from .rewrite.folded import Folded, is_norm
 from .rewrite.tree import swapped
@@ -78,8 +78,8 @@ def fuse_norms(model: nn.Module, *, example_inputs: Any = None) -> nn.Module:
 
 
 def _refuse_unready(model: nn.Module) -> None:
-    layers = {name: layer for name, layer in model.named_modules() if operator_of(layer) is not None}
-    if not layers:
+    made = made_layers(model)
+    if not made:
         raise UnsupportedModelError(
             f"this {type(model).__name__} has no dynamic layers: convert it first, fdsurgery.convert(model)"
         )
@@ -88,9 +88,9 @@ def _refuse_unready(model: nn.Module) -> None:
             "norms are folded for inference, and this model is in training mode, where they compute statistics of each "
             "batch; call model.eval() first"
         )
-    if any(operator.is_prepared(layer) for layer in layers.values() if (operator := operator_of(layer)) is not None):
+    if any(operator.is_prepared(layer) for layer, operator in made.values()):
         raise UnsupportedModelError("this model was prepared for inference already, and its norms are folded")
-    for name, layer in layers.items():
+    for name, (layer, _) in made.items():
         if any(parameter.is_meta for parameter in layer.parameters()):
             raise UnsupportedModelError(f"{name!r} is on the meta device and has no values; load the weights first")
 
@@ -112,8 +112,8 @@ class _Fold:
 def _folds(model: nn.Module, example_inputs: Any) -> list[_Fold]:
     modules = dict(model.named_modules())
     norms = {name: module for name, module in modules.items() if is_norm(module)}
-    operators = {name: operator for name, layer in modules.items() if (operator := operator_of(layer)) is not None}
-    layers = {name: modules[name] for name, operator in operators.items() if operator.folds_norms}
+    made = made_layers(model)
+    layers = {name: layer for name, (layer, operator) in made.items() if operator.folds_norms}
     if not norms:
         return []
     flow = Flow(observe(model, example_inputs).graph, layers)
@@ -126,7 +126,7 @@ def _folds(model: nn.Module, example_inputs: Any) -> list[_Fold]:
                 continue
             constants = _constants(norms[norm_name], layer)
             if constants is not None:
-                found.append(_Fold(layer, operators[name], norms[norm_name], norm_name, *constants))
+                found.append(_Fold(layer, made[name].operator, norms[norm_name], norm_name, *constants))
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from .operators import operator_of
+from .operators import made_layers
 from .operators.base import ParameterKind
 
 
@@ -40,11 +40,10 @@ class Entry:
 def entries_of(model: nn.Module) -> Iterator[Entry]:
     """The parameters of a model, each once."""
     inside: dict[nn.Parameter, tuple[str, str, ParameterKind]] = {}
-    for prefix, layer in model.named_modules():
-        if (operator := operator_of(layer)) is not None:
-            kinds = operator.parameter_kinds(layer)
-            for parameter in layer.parameters():
-                inside.setdefault(parameter, (prefix, operator.name, kinds.get(parameter, "weight")))
+    for prefix, (layer, operator) in made_layers(model).items():
+        kinds = operator.parameter_kinds(layer)
+        for parameter in layer.parameters():
+            inside.setdefault(parameter, (prefix, operator.name, kinds.get(parameter, "weight")))
     for name, parameter in model.named_parameters():
         yield Entry(name, parameter, *inside.get(parameter, (None, None, "other")))
 
@@ -53,12 +52,7 @@ def undecayed_of(model: nn.Module, entries: Sequence[Entry]) -> set[nn.Parameter
     """Parameters whose size means something: norms, biases, scalars and vectors, band edges, the model's own list."""
     own = getattr(model, "no_weight_decay", None)
     patterns = own() if callable(own) else ()
-    told = {
-        parameter
-        for module in model.modules()
-        if (operator := operator_of(module)) is not None
-        for parameter in operator.undecayed(module)
-    }
+    told = {parameter for one in made_layers(model).values() for parameter in one.operator.undecayed(one.layer)}
     norms = {
         parameter
         for module in model.modules()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .errors import FineTuningError
-from .operators import operator_of
+from .operators import made_layers
 
 
 def schedule(model: nn.Module, step: int, steps: int) -> int:
@@ -37,7 +37,7 @@ def schedule(model: nn.Module, step: int, steps: int) -> int:
     if steps < 1 or step < 0:
         raise FineTuningError(f"a schedule goes from step 0 over 1 or more steps, not from {step} over {steps}")
     progress = min(1.0, step / steps)
-    dynamic = [(layer, operator) for layer in model.modules() if (operator := operator_of(layer)) is not None]
+    dynamic = made_layers(model).values()
     count = sum(operator.schedule(layer, progress) for layer, operator in dynamic)
     if count:
         return count

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..operators import Operator, operator_of
+from ..operators import Operator, made_layers
 
 
 @torch.no_grad()
@@ -40,8 +40,7 @@ def band_maps(model: nn.Module, *inputs: Any) -> dict[str, Tensor]:
 
     hooks = [
         layer.register_forward_pre_hook(lambda layer, inputs, name=name, its=its: look(name, its, layer, inputs[0]))
-        for name, layer in model.named_modules()
-        if (its := operator_of(layer)) is not None
+        for name, (layer, its) in made_layers(model).items()
     ]
     training = model.training
     try:

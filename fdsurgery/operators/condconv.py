@@ -7,7 +7,7 @@ section 3, equation 2. Sigmoids do not add up to one.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -138,6 +138,10 @@ class CondConvOperator(DynamicOperator):
     def multiply_adds(self, layer: nn.Module, sample: tuple[int, ...]) -> dict[str, int]:
         assert isinstance(layer, _CondConv)
         return {"routing": layer.routing_fn.weight.numel(), "mixing": layer.experts.numel()}
+
+    def undecayed(self, layer: nn.Module) -> Collection[nn.Parameter]:
+        assert isinstance(layer, _CondConv)
+        return [] if layer.expert_bias is None else [layer.expert_bias]
 
     def settings_of_tensors(self, plain: nn.Module, tensors: Mapping[str, Shaped], official: bool) -> dict[str, Any]:
         return {"experts": tensors["experts"].shape[0]}

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
@@ -101,6 +101,22 @@ def operator_of(layer: nn.Module) -> Operator | None:
     """The operator that made a layer; None for a layer that no operator made."""
     _load_all()
     return next((operator for operator in _operators.values() if operator.owns(layer)), None)
+
+
+class Made(NamedTuple):
+    """A layer in a model that an operator made."""
+
+    layer: nn.Module
+    operator: Operator
+
+
+def made_layers(model: nn.Module) -> dict[str, Made]:
+    """All that operators made in a model, by name; each once, by its first."""
+    return {
+        name: Made(layer, operator)
+        for name, layer in model.named_modules()
+        if (operator := operator_of(layer)) is not None
+    }
 
 
 def _add(operator: Operator) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..operators import operator_of
+from ..operators import made_layers
 
 _SWITCHES = ((nn.TransformerEncoderLayer, "activation_relu_or_gelu"), (nn.TransformerEncoder, "use_nested_tensor"))
 """What each class asks before it takes the fused path, or packs its input for layers that take it."""
@@ -23,7 +23,7 @@ def choose_paths(model: nn.Module) -> None:
 
 def _choose(module: nn.Module, switch: str) -> None:
     own = vars(module)
-    if any(operator_of(layer) is not None for layer in module.modules()):
+    if made_layers(module):
         if own.get(switch):
             own[_BEFORE] = own[switch]
             own[switch] = type(own[switch])(0)

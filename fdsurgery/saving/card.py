@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..operators import get_operator, operator_of
+from ..operators import get_operator, made_layers
 from ..plan import Plan
 from ..report import in_units
 from .description import Description, LayerGroup
@@ -33,7 +33,7 @@ def model_card(model: nn.Module, plan: Plan | None, verification: Verification |
     config: Any = model.config
     description = Description.from_dict(config.quantization_config)
     total = sum(parameter.numel() for parameter in model.parameters())
-    added = sum(_parameters_added(layer) for layer in model.modules() if operator_of(layer) is not None)
+    added = sum(_parameters_added(one.layer) for one in made_layers(model).values())
     origin = description.origin
     of_transformers = type(model).__module__.startswith("transformers.")
     library = "transformers" if of_transformers else f"`{type(model).__module__}`"

@@ -21,7 +21,7 @@ from torch import nn
 from ..discovery.kinds import kind_of
 from ..errors import CheckpointError, near_misses
 from ..finetune import remembered
-from ..operators import BuildError, Wanted, build_layers, get_operator, operator_of
+from ..operators import BuildError, Wanted, build_layers, get_operator, made_layers, operator_of
 from ..recipe import FineTune
 from ..rewrite.folded import Folded, folded_norms, is_norm
 
@@ -250,11 +250,7 @@ def check_plan(plan: Plan | None, model: nn.Module) -> None:
 
 def _unlike(plan: Plan, model: nn.Module) -> list[str]:
     """Layers that are swapped by a plan or dynamic in a model, but not alike in both."""
-    has = {
-        name: (operator.name, operator.settings_of(layer))
-        for name, layer in model.named_modules()
-        if (operator := operator_of(layer)) is not None
-    }
+    has = {name: (one.operator.name, one.operator.settings_of(one.layer)) for name, one in made_layers(model).items()}
     told = {one.site.name: (one.operator, one.settings) for one in plan.swaps}
     return [name for name in {**has, **told} if has.get(name) != told.get(name)]
 

@@ -28,7 +28,7 @@ from ..errors import CheckpointError, SurgeryError, first_lines, near_misses
 from ..finetune import remember, remembered
 from ..integrations.base import ModelSource, SourceError
 from ..likeness import first_difference
-from ..operators import BuildError, Wanted, build_layers, get_operator, operator_of
+from ..operators import BuildError, Wanted, build_layers, get_operator, made_layers, operator_of
 from ..plan import Plan
 from ..recipe import FineTune
 from ..rewrite.folded import Folded, folded_norms, is_norm
@@ -167,8 +167,7 @@ def described_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
     """The operator and settings of each dynamic layer, by its name."""
     return {
         fqn: {"operator": operator.name, "settings": operator.settings_of(layer)}
-        for fqn, layer in model.named_modules()
-        if (operator := operator_of(layer)) is not None
+        for fqn, (layer, operator) in made_layers(model).items()
     }
 
 

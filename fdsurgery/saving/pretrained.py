@@ -16,7 +16,7 @@ from torch import nn
 from ..allowed import no_larger_than
 from ..errors import CheckpointError, SurgeryError, near_misses
 from ..integrations.transformers.allowed import kernels_in, transformers_config
-from ..operators import operator_of
+from ..operators import made_layers
 from ..plan import Plan
 from ..surroundings import undisturbed
 from ..verification import Verification
@@ -80,14 +80,14 @@ def save_pretrained(
 def _save(
     model: Any, folder: Path, plan: Plan | None, verification: Verification | None, kwargs: dict[str, Any]
 ) -> Path:
-    if all(operator_of(layer) is None for layer in model.modules()):
+    dynamic = {fqn: one.layer for fqn, one in made_layers(model).items()}
+    if not dynamic:
         raise CheckpointError("the model has no dynamic layers; convert it first, or save it as you would without us")
     if kwargs.get("push_to_hub"):
         raise CheckpointError("save_pretrained writes folders; upload the folder, or call model.push_to_hub")
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; give a folder")
     check_plan(plan, model)
-    dynamic = {fqn: layer for fqn, layer in model.named_modules() if operator_of(layer) is not None}
     empty = [fqn for fqn, layer in dynamic.items() if any(tensor.is_meta for tensor in layer.state_dict().values())]
     if empty:
         raise CheckpointError(f"{empty[0]!r} is on the meta device, where weights have no values to be saved")

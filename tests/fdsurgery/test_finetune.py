@@ -399,7 +399,7 @@ def test_only_what_trains_has_gradients_and_moves() -> None:
 @pytest.mark.parametrize(
     ("train", "message"),
     [
-        ("modulatoin", r"no parameter matches 'modulatoin', .*did you mean 'modulation'\?"),
+        ("modulatoin", r"no parameter matches 'modulatoin', .*did you mean 'modulation'"),
         (["modulation", "haed.weight"], r"no parameter matches 'haed.weight', .*did you mean 'head.weight'"),
         ([], "nothing would train: give one or more of modulation, dynamic, all"),
     ],

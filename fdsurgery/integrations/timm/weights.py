@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError, near_misses
 from ...finetune import remember
-from ...operators import BuildError, Wanted, build_layers, operator_of, operators
+from ...operators import BuildError, Wanted, build_layers, made_layers, operators
 from ...recipe import FineTune
 from ...rewrite.tree import swapped
 from ...saving.folder import DESCRIPTION, described_layers, read_description, replacements_for
@@ -67,7 +67,7 @@ class PlainCheckpoints:
     ) -> None:
         # The arguments that follow are local_metadata, strict, missing_keys, unexpected_keys and error_msgs.
         _, strict, _, _, errors = ignored
-        dynamic = {name: layer for name, layer in model.named_modules() if operator_of(layer) is not None}
+        dynamic = {name: one.layer for name, one in made_layers(model).items()}
         plain = [name for name in dynamic if f"{prefix}{name}.weight" in state_dict]
         if not plain:
             return
@@ -259,8 +259,7 @@ def _mark(layer: nn.Module) -> str | None:
 
 
 def _marks(model: nn.Module) -> list[str]:
-    dynamic = ((name, layer) for name, layer in model.named_modules() if operator_of(layer) is not None)
-    return [f"{name}.{mark}" for name, layer in dynamic if (mark := _mark(layer)) is not None]
+    return [f"{name}.{mark}" for name, one in made_layers(model).items() if (mark := _mark(one.layer)) is not None]
 
 
 def _check_complete(model: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...errors import CheckpointError
 from ...finetune import remember
-from ...operators import operator_of
+from ...operators import made_layers
 from ...rewrite.folded import Folded
 from ...rewrite.tree import swapped
 from ...saving.description import METHOD, NOTICE, Description, describe
@@ -108,8 +108,8 @@ def _repairs(model: nn.Module) -> list[WeightRenaming]:
     """
     renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
     repairs: dict[str, str] = {}
-    for name, layer in model.named_modules():
-        for inner in layer.state_dict() if operator_of(layer) is not None else ():
+    for name, (layer, _) in made_layers(model).items():
+        for inner in layer.state_dict():
             renamed = f"{name}.{inner}"
             for renaming in renamings:
                 renamed, _ = renaming.rename_source_key(renamed)
@@ -124,11 +124,7 @@ def _check_read(model: nn.Module, description: Description) -> None:
 
     transformers marks each tensor that it has read, and leaves memory as it finds it in layers that it does not know.
     """
-    unread = {
-        layer
-        for layer in model.modules()
-        if operator_of(layer) is not None and not all(map(_was_read, _tensors(layer)))
-    }
+    unread = {one.layer for one in made_layers(model).values() if not all(map(_was_read, _tensors(one.layer)))}
     if any(tensor.is_meta for layer in unread for tensor in _tensors(layer)):
         raise CheckpointError("dynamic layers cannot be offloaded; pass a device_map that leaves them on a device")
     missing = [name for name, layer in description.unchanged(model).items() if layer in unread]

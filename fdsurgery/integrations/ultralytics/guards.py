@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from ...errors import UnsupportedModelError
-from ...operators import operator_of
+from ...operators import made_layers
 
 
 def guard_engine(engine: ModuleType) -> None:
@@ -90,4 +90,4 @@ def _dynamic(model: Any) -> set[str]:
     """Names of the dynamic layers; none for what is no module, such as the path of an exported model."""
     if not isinstance(model, nn.Module):
         return set()
-    return {name for name, layer in model.named_modules() if operator_of(layer) is not None}
+    return set(made_layers(model))
