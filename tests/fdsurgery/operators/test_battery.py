@@ -373,8 +373,10 @@ def test_it_compiles_and_exports(name: str) -> None:
     found = {fqn: one.grad.clone() for fqn, one in model.named_parameters() if one.grad is not None}
     model.zero_grad()
     model(x).square().sum().backward()
+    # What is so small beside the others is what parts that cancel each other leave: rounding.
+    least = 1e-5 * max(float(one.grad.norm()) for one in model.parameters() if one.grad is not None)
     for fqn, one in model.named_parameters():
-        if one.grad is not None and one.grad.norm() > 1e-6:
+        if one.grad is not None and one.grad.norm() > least:
             assert distance(found[fqn], one.grad) < 1e-3, fqn
     batch = torch.export.Dim("batch", min=1, max=64)
     exported = torch.export.export(model, (x,), dynamic_shapes=({0: batch},)).module()
