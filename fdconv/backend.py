@@ -19,6 +19,9 @@ _of_block: ContextVar[Backend | None] = ContextVar("_of_block", default=None)
 class set_backend:
     """Choose how all layers of this process compute; in a `with` statement, those that its block calls.
 
+    Args:
+        backend: its name; or what an earlier call returned, to go back to what there was before it.
+
     Raises:
         ValueError: there is no such backend.
 
@@ -31,10 +34,11 @@ class set_backend:
         'auto'
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend | set_backend) -> None:
         global _of_process
-        self._before, _of_process = _of_process, known(backend)
-        self._backend = backend
+        chosen = backend._before if isinstance(backend, set_backend) else known(backend)
+        self._before, _of_process = _of_process, chosen
+        self._backend: Backend = chosen
         self._tokens: list[Token[Backend | None]] = []
 
     def __enter__(self) -> None:

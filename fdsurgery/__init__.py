@@ -90,4 +90,7 @@ def __getattr__(name: str) -> Any:
     if name == "Source":
         warnings.warn("fdsurgery.Source is now fdsurgery.ModelSource", DeprecationWarning, stacklevel=2)
         return ModelSource
+    if name == "settle_":
+        warnings.warn("fdsurgery.settle_ is now fdsurgery.testing.settle_", DeprecationWarning, stacklevel=2)
+        return testing.settle_
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

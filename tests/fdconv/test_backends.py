@@ -89,3 +89,12 @@ def test_triton_says_what_it_cannot_serve() -> None:
     fdconv.set_backend("triton")
     with pytest.raises(ValueError, match=r"triton does not serve a torch.float64 layer on cpu"):
         layer(torch.randn(1, 4, 5, 5, dtype=torch.float64))
+
+
+def test_what_an_earlier_call_returned_puts_back_what_there_was() -> None:
+    first = fdconv.set_backend("torch")
+    second = fdconv.set_backend("cpp")
+    fdconv.set_backend(second)
+    assert fdconv.chosen_backend() == "torch"
+    fdconv.set_backend(first)
+    assert fdconv.chosen_backend() == "auto"

@@ -109,3 +109,12 @@ def test_looking_at_layers_needs_no_import_of_its_own() -> None:
 def test_tracers_are_no_option_of_users(name: str) -> None:
     with pytest.raises((TypeError, fdsurgery.RecipeError), match="tracer"):
         getattr(fdsurgery, name)(nn.Conv2d(3, 3, 3), tracer="export")
+
+
+def test_earlier_names_are_told_and_serve() -> None:
+    with pytest.warns(DeprecationWarning, match=r"now fdsurgery\.testing\.settle_"):
+        assert fdsurgery.settle_ is fdsurgery.testing.settle_
+    with pytest.warns(DeprecationWarning, match=r"now fdsurgery\.ModelSource"):
+        assert fdsurgery.Source is fdsurgery.ModelSource
+    with pytest.raises(AttributeError, match="no attribute 'settle'"):
+        _ = fdsurgery.settle
