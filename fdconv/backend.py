@@ -34,6 +34,8 @@ class set_backend:
         'auto'
     """
 
+    _before: Backend
+
     def __init__(self, backend: Backend | set_backend) -> None:
         global _of_process
         chosen = backend._before if isinstance(backend, set_backend) else known(backend)
