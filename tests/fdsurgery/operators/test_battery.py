@@ -20,7 +20,12 @@ import fdsurgery
 from fdsurgery.checkpoints import convert_checkpoint
 from fdsurgery.operators import get_operator, operator_of
 
-pytestmark = pytest.mark.parametrize("name", NAMES)
+BRIEFLY = ("odconv", "kernel_warehouse")
+"""One that stands for itself, and one whose layers share their kernels: these two also in the default run."""
+
+pytestmark = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in BRIEFLY else pytest.mark.long) for name in NAMES]
+)
 
 
 def dynamic(model: nn.Module) -> dict[str, Any]:
