@@ -94,15 +94,17 @@ class ZeroInit(nn.Module):
 class Squeeze(nn.Module):
     """The first map, shared by the heads: `C_in` to the attention width, drawn as the authors do (Kaiming, fan-out)."""
 
-    def __init__(self, *shape: int, device: torch.device | None, dtype: torch.dtype | None) -> None:
+    def __init__(self, *shape: int, bias: bool = False, device: torch.device | None, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.bias = None
+        self.bias = nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weight anew."""
+        """Draw the weight anew; the bias is zero."""
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class StarReLU(nn.Module):
@@ -152,13 +154,16 @@ def normed(norm: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
     """A norm of `(B, A)`, in the input's precision.
 
     Args:
-        norm: `ContextBatchNorm`, `nn.RMSNorm`, or what `nn.SyncBatchNorm.convert_sync_batchnorm` put in its place.
+        norm: `ContextBatchNorm`, `nn.RMSNorm`, `nn.LayerNorm`, or what `nn.SyncBatchNorm.convert_sync_batchnorm` put in
+            the place of the first.
         x: float32 or float64.
         dtype: of the layer's parameters.
     """
     if isinstance(norm, nn.RMSNorm):
         weight = None if norm.weight is None else norm.weight.to(x.dtype)
         return F.rms_norm(x, x.shape[1:], weight, norm.eps)
+    if isinstance(norm, nn.LayerNorm):
+        return F.layer_norm(x, x.shape[1:], norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
     if isinstance(norm, ContextBatchNorm):
         return norm(x)  # type: ignore[no-any-return]
     return norm(x.to(dtype)).to(x.dtype)  # type: ignore[no-any-return]  # which takes one dtype

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from .discovery import Observation, Site, observe
 from .discovery.kinds import kind_named, kind_of
 from .discovery.record import record
 from .discovery.shadow import twin_of
-from .errors import PlanError, RewriteError, UnsupportedModelError, near_misses
+from .errors import PlanError, RewriteError, SurgeryError, UnsupportedModelError, near_misses
 from .finetune import forget, remember
 from .integrations import network_of
-from .operators import BuildError, Wanted, build_layers, operator_of
+from .operators import BuildError, Operator, Wanted, build_layers, operator_of
 from .optimizers import repairs_of
 from .plan import Decision, Plan
 from .planning import Overrides, plan_and_observation, why_nothing
@@ -153,16 +154,21 @@ def carry_out(
 
 
 @undisturbed()
-def restore(model: nn.Module) -> nn.Module:
-    """Put a plain layer back in the place of every dynamic one, with the weight it stands for at neutral modulation.
+def restore(model: nn.Module, names: str | Sequence[str] = "*") -> nn.Module:
+    """Put plain layers back in the place of dynamic ones, with the weight they stand for at neutral modulation.
 
     Straight after a conversion this undoes it; after training, what the modulation learned is lost.
 
     Args:
         model: changed in place; a model without dynamic layers is left alone.
+        names: one or more globs for the names of the layers that become plain again; by default all do. Layers that
+            stay compute what they did, also where they share weights with others.
 
     Returns:
         The same object.
+
+    Raises:
+        SurgeryError: `names` means no dynamic layer. Nothing was changed.
 
     Examples:
         >>> from torch import nn
@@ -173,21 +179,30 @@ def restore(model: nn.Module) -> nn.Module:
         Conv2d(8, 8, kernel_size=(3, 3), stride=(1, 1))
     """
     if (network := network_of(model)) is not model:
-        restore(network)
+        restore(network, names)
         return model
     refuse_unsupported(model)
+    dynamic = {name: layer for name, layer in model.named_modules() if operator_of(layer) is not None}
+    patterns = [names] if isinstance(names, str) else list(names)
+    for pattern in patterns:
+        if pattern != "*" and not any(fnmatchcase(name, pattern) for name in dynamic):
+            raise SurgeryError(f"no dynamic layer of the model matches {pattern!r}{near_misses(pattern, dynamic)}")
     replacements: dict[nn.Module, nn.Module] = {}
     made: dict[nn.Module, set[str]] = {}
-    for name, layer in model.named_modules():
+    leaving: dict[Operator, list[nn.Module]] = {}
+    for name, layer in dynamic.items():
         operator = operator_of(layer)
-        if operator is not None:
+        if operator is not None and any(fnmatchcase(name, pattern) for pattern in patterns):
             plain = replacements[layer] = operator.restore(layer)
             # What a dynamic layer consists of is what one made for the plain layer would.
             (again,) = operator.build([name], [twin_of(plain, meta=True)[0]], [operator.settings_of(layer)])
             made[layer] = {*vars(again), *again._parameters, *again._buffers, *again._modules}
+            leaving.setdefault(operator, []).append(layer)
     with swapped(model, replacements, made):
-        pass
-    forget(model)
+        for operator, gone in leaving.items():
+            operator.release(gone, [layer for layer in dynamic.values() if layer not in replacements])
+    if len(replacements) == len(dynamic):
+        forget(model)
     describe(model)
     return model
 

@@ -222,8 +222,9 @@ def _dynamic_layers(asked: Asked, model: nn.Module, found: Recognised) -> tuple[
         settings = operator.settings({**settings, **asked.overrides})
         if asked.form == "ours" and (misfit := operator.check_tensors(settings, leaves)) is not None:
             raise CheckpointError(f"{checkpoint.path}: {inner!r} {misfit}")
-        stored = tensors.get(f"{inner}.{operator.leaf}")
-        dtype = torch.float32 if stored is None else DTYPES.get(stored.code, torch.float32)
+        stored = [DTYPES.get(one.code, torch.float32) for leaf, one in leaves.items() if leaf != "bias"]
+        first = [DTYPES.get(leaves[operator.leaf].code, torch.float32)] if operator.leaf in leaves else []
+        dtype = next((one for one in first + stored if one.is_floating_point), torch.float32)
         wanted[module] = Wanted(fqn, copy.deepcopy(module).to("meta", dtype), operator.name, settings)
     try:
         made = build_layers(wanted.values())

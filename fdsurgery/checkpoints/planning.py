@@ -304,7 +304,9 @@ def _planned_layers(fit: Fit, made: Plan) -> dict[str, Layer]:
 def _refusals(fit: Fit, layers: dict[str, Layer]) -> Iterator[Problem]:
     """The layers that cannot be made, or that the other side has no counterpart of."""
     for fqn, layer in layers.items():
-        piece = fit.pieces.get(f"{fqn}.weight") or fit.pieces.get(f"{fqn}.{layer.operator.leaf}")
+        leaf = layer.state().get(str(layer.operator.leaf))
+        counts = leaf is not None and not leaf.is_floating_point()  # then its dtype tells nothing of the weight's
+        piece = fit.pieces.get(f"{fqn}.weight") or (None if counts else fit.pieces.get(f"{fqn}.{layer.operator.leaf}"))
         if piece is not None and (code := fit.asked.checkpoint.tensors[piece.tensor].code) not in _FLOATS:
             yield Problem(
                 "no counterpart", fqn, f": its weight is stored as {code}, and a dynamic layer needs real numbers"

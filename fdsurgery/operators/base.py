@@ -130,6 +130,16 @@ class Operator:
         """The plain layer that a layer of this operator stands for at neutral modulation."""
         raise NotImplementedError
 
+    def release(self, leaving: Collection[nn.Module], staying: Sequence[nn.Module]) -> None:
+        """Have the layers that stay in a model own what they compute with, when others leave it.
+
+        Only operators whose layers share weights have something to do. What a layer computes does not change.
+
+        Args:
+            leaving: layers of this operator, in whose places are plain ones by now.
+            staying: the dynamic layers that are still in the model, in its order.
+        """
+
     # Training
 
     def parameter_kinds(self, layer: nn.Module) -> dict[nn.Parameter, ParameterKind]:

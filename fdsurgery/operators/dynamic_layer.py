@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ class DynamicLayer(WithStaticWeight):
     settings: dict[str, Any]
     bias: nn.Parameter | None
     pads_same: bool
+    told_by: ClassVar[str | None] = None
+    """The tensor by which a state dict tells such a layer from a plain one; None for the stored one."""
 
     def __init__(self, plain: Any, settings: dict[str, Any], pads_same: bool = False) -> None:
         nn.Module.__init__(self)
@@ -170,7 +172,7 @@ class DynamicLayer(WithStaticWeight):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         """Take over a plain layer's state."""
-        own = f"{prefix}{self.stored_name}"
+        own = f"{prefix}{self.told_by or self.stored_name}"
         if f"{prefix}weight" in state_dict and own not in state_dict:
             error = self._expect_plain(state_dict, prefix)
             if error is not None:
@@ -199,17 +201,20 @@ class DynamicLayer(WithStaticWeight):
                 "it computes what the checkpoint's layer does, and what its modulation had learned is gone",
                 stacklevel=2,
             )
-        plain: Any = self._plain_on_meta(bias=False)
-        plain.weight = nn.Parameter(weight.detach())
-        if self.bias is not None:
-            plain.bias = nn.Parameter(weight.new_zeros(shape[0]))
-        with torch.random.fork_rng(devices=[]):
-            fresh = self._again(plain)
-        for name, tensor in fresh.state_dict().items():
-            if name != "bias":
-                state_dict[prefix + name] = tensor
+        for name, tensor in self._fresh_state(weight.detach()).items():
+            state_dict[prefix + name] = tensor
         del state_dict[f"{prefix}weight"]
         return None
+
+    def _fresh_state(self, weight: Tensor) -> dict[str, Tensor]:
+        """What a fresh layer that stands for this weight would have saved, without its bias."""
+        plain: Any = self._plain_on_meta(bias=False)
+        plain.weight = nn.Parameter(weight)
+        if self.bias is not None:
+            plain.bias = nn.Parameter(weight.new_zeros(self._static_shape()[0]))
+        with torch.random.fork_rng(devices=[]):
+            fresh = self._again(plain)
+        return {name: tensor for name, tensor in fresh.state_dict().items() if name != "bias"}
 
     def _again(self, plain: Any) -> DynamicLayer:
         """A fresh layer of this kind, for another plain one."""

@@ -29,6 +29,7 @@ _SHIPPED = (
     "fdsurgery.operators.odconv:ODConvOperator",
     "fdsurgery.operators.fadc:FADCOperator",
     "fdsurgery.operators.dcd:DCDOperator",
+    "fdsurgery.operators.kernel_warehouse:KernelWarehouseOperator",
 )
 _WORDS = ("all", "dynamic", "modulation")
 """Names that `fdsurgery.freeze` has another use for."""
