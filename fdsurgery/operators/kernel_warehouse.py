@@ -15,7 +15,7 @@ from .base import ParameterKind, Shaped
 from .dynamic_layer import DynamicLayer
 from .dynamic_operator import DynamicOperator, Settings
 from .kernel_warehouse_layers import KernelWarehouseConv2d, KernelWarehouseLayer, KernelWarehouseLinear, Warehouse
-from .kernel_warehouse_official import chain_of, official_names
+from .kernel_warehouse_official import CELLS, chain_of, from_official, numbered, to_official
 from .standing_in import stand_in
 from .warehouse import Shape, cells_taken, shared_out
 
@@ -81,6 +81,9 @@ class KernelWarehouseOperator(DynamicOperator):
 
     # The plan
 
+    def refusal_of_trained(self, site: Site, settings: dict[str, Any]) -> str | None:
+        return super().refusal(site, settings)
+
     def refusal(self, site: Site, settings: dict[str, Any]) -> str | None:
         if settings["ratio"] < 1:
             return f"no exact start exists at ratio {settings['ratio']:g}: its cells are fewer numbers than the weights"
@@ -138,6 +141,9 @@ class KernelWarehouseOperator(DynamicOperator):
             if warehouse.owner is layer and others:  # one of the same model, if that is known
                 warehouse.pass_on(next((one for one in others if one in staying), others[0]))
 
+    def kernels(self, layer: nn.Module) -> Tensor | None:
+        return None  # cells are no kernels
+
     def parameter_kinds(self, layer: nn.Module) -> dict[nn.Parameter, ParameterKind]:
         kinds = super().parameter_kinds(layer)
         own = set(layer.parameters())
@@ -184,8 +190,23 @@ class KernelWarehouseOperator(DynamicOperator):
         return chain_of(state, config, self.build, self.settings)
 
     def official_state(self, layer: nn.Module) -> dict[str, Tensor]:
-        """What `load_official` reads, of one layer or of all layers in a model."""
-        return official_names(layer)
+        """What `load_official` reads, of one layer or of all in a model."""
+        return self.to_official({name: one for name, one in layer.named_modules() if self.owns(one)})
+
+    def to_official(self, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        own = _own(layers)
+        return to_official(own, numbered(own))
+
+    def from_official(self, layers: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        own = _own(layers)
+        return from_official(own, state, numbered(own))
+
+    def is_official(self, names: Collection[str]) -> bool:
+        return any(CELLS in name for name in names)
+
+
+def _own(layers: Mapping[str, nn.Module]) -> dict[str, KernelWarehouseLayer]:
+    return {name: layer for name, layer in layers.items() if isinstance(layer, KernelWarehouseLayer)}
 
 
 def _stand_in(

@@ -194,8 +194,7 @@ class KernelWarehouseLayer(DynamicLayer):
 
     def _build(self, weight: Tensor) -> None:
         its = self.settings
-        assigned = assigned_cells(its["start"], its["places"], its["ratio"], its["cells"])
-        self.register_buffer("assigned_cells", torch.tensor(assigned, device=weight.device))
+        self.register_buffer("assigned_cells", torch.tensor(self.assigned(), device=weight.device))
         self.register_buffer("tau", weight.new_zeros(1))
         self.attention = CellAttention(self._in_channels(), its, self.assigned_cells, weight)
         if self.warehouse.owner is None:
@@ -206,6 +205,11 @@ class KernelWarehouseLayer(DynamicLayer):
         self.warehouse.enter(self)
         if its["ratio"] >= 1:
             self.set_weight(weight)
+
+    def assigned(self) -> list[int]:
+        """The cell that each place has to itself, by the settings; `cells`, beyond the last, stands for none."""
+        its = self.settings
+        return assigned_cells(its["start"], its["places"], its["ratio"], its["cells"])
 
     # The weight
 
@@ -264,7 +268,8 @@ class KernelWarehouseLayer(DynamicLayer):
     def _multiply(self, scale: Tensor) -> None:
         if bool((self._factors(scale) != 1).any()):
             raise ValueError(
-                f"{type(self).__name__} mixes cells that other layers mix too, so its weight cannot be multiplied alone"
+                f"{type(self).__name__} mixes cells that other layers mix too, so its weight cannot be multiplied alone: "
+                "leave the norm behind it as it is, as fdsurgery.fuse_norms does"
             )
 
     def reset_parameters(self) -> None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, RecipeError
-from .dynamic_operator import check_config, plain_conv
-from .kernel_warehouse_layers import KernelWarehouseLayer, KernelWarehouseLinear
+from .dynamic_operator import check_config, loaded, plain_conv
+from .kernel_warehouse_layers import KernelWarehouseLayer, KernelWarehouseLinear, Warehouse
 from .warehouse import assigned_cells
 
 CELLS = "warehouse_manager.weights."
@@ -35,6 +35,9 @@ _LAYER = (
     *("name", "layer_type", "warehouse_name", "warehouse_id", "cell_shape", "start_cell", "num_local_mixture"),
     *("cell_num_ratio", "assigned_cells", *_GEOMETRY),
 )
+
+_OURS = ("cells", "tau", "assigned_cells")
+"""Tensors of a layer that the authors have elsewhere, or not in a state dict."""
 
 Build = Callable[[Sequence[str], Sequence[nn.Module], Sequence[dict[str, Any]]], list[nn.Module]]
 
@@ -66,24 +69,24 @@ def chain_of(
         layers: list[Any] = build(names, plains, [complete(its) for its in settings])
     except RecipeError as error:
         raise CheckpointError(f"the layers cannot share warehouses as they are configured: {error}") from None
-    chain = _chained(names, layers, config.get("between_layers"))
-    own: dict[str, Tensor] = {}
-    for entry, name, layer in zip(config["layers"], names, layers, strict=True):
+    for entry, layer in zip(config["layers"], layers, strict=True):
         _check_entry(entry, layer.settings)
-        prefix = f"{name}.conv." if isinstance(layer, nn.Linear) else f"{name}."
-        own |= {f"{name}.{key[len(prefix) :]}": value for key, value in state.items() if key.startswith(prefix)}
-        its = layer.settings
-        own[f"{name}.assigned_cells"] = torch.tensor(
-            assigned_cells(its["start"], its["places"], its["ratio"], its["cells"])
+    named = dict(zip(names, layers, strict=True))
+    numbers = {
+        layer.warehouse: int(entry["warehouse_id"]) for entry, layer in zip(config["layers"], layers, strict=True)
+    }
+    expected = to_official(named, numbers)
+    if different := sorted(state.keys() ^ expected.keys()):
+        what = "is not of its layers" if different[0] in state else "is missing"
+        raise CheckpointError(f"the state does not fit the configuration: {different[0]!r} {what}")
+    own = from_official(named, state, numbers)
+    for name, layer in named.items():
+        own[f"{name}.assigned_cells"] = torch.tensor(layer.assigned())
+        own[f"{name}.tau"] = state[official_name(name, layer, "attention.fc1.weight")].new_full(
+            (1,), float(config.get("tau", 0.0))
         )
-        like = state[f"{prefix}attention.fc1.weight"] if f"{prefix}attention.fc1.weight" in state else torch.zeros(1)
-        own[f"{name}.tau"] = like.new_full((1,), float(config.get("tau", 0.0)))
-        cells = f"{CELLS}{entry['warehouse_id']}"
-        if layer.warehouse.owner is layer and cells in state:
-            own[f"{name}.cells"] = state[cells].reshape(layer.cells.shape)
-    known = tuple(f"{name}." for name in names)
-    own |= {key: value for key, value in state.items() if not key.startswith((CELLS, *known))}  # to be told as too many
-    return _loaded(chain, own)
+    chain = _chained(named, config.get("between_layers"))
+    return loaded(chain.train(config.get("mode") == "train"), own)
 
 
 def _plain(entry: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
@@ -119,47 +122,51 @@ def _listed(value: Any) -> Sequence[Any]:
     return value if isinstance(value, (list, tuple)) else [value]
 
 
-def _chained(names: Sequence[str], layers: Sequence[nn.Module], between: Any) -> nn.Sequential:
+def _chained(layers: Mapping[str, nn.Module], between: Any) -> nn.Sequential:
     if between not in (None, "tanh"):
         raise CheckpointError(f"between_layers is {between!r}; known is 'tanh'")
     parts: OrderedDict[str, nn.Module] = OrderedDict()
-    for at, (name, layer) in enumerate(zip(names, layers, strict=True)):
+    for at, (name, layer) in enumerate(layers.items()):
         if at and between == "tanh":
             parts[f"tanh{at}"] = nn.Tanh()
         parts[name] = layer
     return nn.Sequential(parts)
 
 
-def _loaded(chain: nn.Sequential, state: Mapping[str, Tensor]) -> nn.Sequential:
-    chain.to_empty(device=next(iter(state.values())).device)
-    try:
-        chain.load_state_dict(dict(state))
-    except RuntimeError as error:
-        raise CheckpointError(f"the state does not fit the layers: {error}") from None
-    return chain
+def official_name(layer_name: str, layer: nn.Module, leaf: str) -> str:
+    """What a tensor of a layer is called in the authors' whole model."""
+    return ".".join(filter(None, [layer_name, "conv" if isinstance(layer, KernelWarehouseLinear) else "", leaf]))
 
 
-def official_names(model: nn.Module) -> dict[str, Tensor]:
-    """The state of all layers of KernelWarehouse in a model, under the official names.
+def numbered(layers: Mapping[str, KernelWarehouseLayer]) -> dict[Warehouse, int]:
+    """The warehouses, in the order in which the model has their first layers."""
+    return {one: at for at, one in enumerate(dict.fromkeys(layer.warehouse for layer in layers.values()))}
 
-    Warehouses are numbered as the model has their first layers. `tau` and what follows from the order of the layers is
-    left out, as there.
-    """
+
+def to_official(layers: Mapping[str, KernelWarehouseLayer], numbers: Mapping[Warehouse, int]) -> dict[str, Tensor]:
+    """The state of layers under the official names; `tau`, and what follows from their order, is left out as there."""
     state: dict[str, Tensor] = {}
-    numbers: dict[Any, int] = {}
-    linear: dict[Any, bool] = {}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, KernelWarehouseLayer):
-            continue
-        warehouse = layer.warehouse
-        numbers.setdefault(warehouse, len(numbers))
-        is_linear = isinstance(layer, KernelWarehouseLinear)
-        linear[warehouse] = linear.get(warehouse, True) and is_linear
-        prefix = ".".join(filter(None, [name, "conv" if is_linear else ""]))
-        for key, value in layer.state_dict().items():
-            if key not in ("cells", "tau", "assigned_cells"):
-                state[".".join(filter(None, [prefix, key]))] = value
+    for name, layer in layers.items():
+        for leaf, tensor in layer.state_dict().items():
+            if leaf not in _OURS:
+                state[official_name(name, layer, leaf)] = tensor
     for warehouse, number in numbers.items():
         cells = warehouse.owner.cells.detach()
-        state[f"{CELLS}{number}"] = cells.squeeze(-1) if linear[warehouse] else cells
+        users = [layer for layer in layers.values() if layer.warehouse is warehouse]
+        flat = all(isinstance(layer, KernelWarehouseLinear) for layer in users)  # whose cells have one position there
+        state[f"{CELLS}{number}"] = cells.squeeze(-1) if flat else cells
     return state
+
+
+def from_official(
+    layers: Mapping[str, KernelWarehouseLayer], state: Mapping[str, Tensor], numbers: Mapping[Warehouse, int]
+) -> dict[str, Tensor]:
+    """Undo `to_official`."""
+    own: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        for leaf, tensor in layer.state_dict().items():
+            if leaf == "cells":
+                own[f"{name}.cells"] = state[f"{CELLS}{numbers[layer.warehouse]}"].reshape(tensor.shape)
+            elif leaf not in _OURS:
+                own[f"{name}.{leaf}"] = state[official_name(name, layer, leaf)]
+    return own

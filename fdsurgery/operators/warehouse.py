@@ -18,6 +18,9 @@ AGREED = ("ratio", "cell_in_ratio", "cell_out_ratio", "spatial_partition", "nonl
 WORKED_OUT = ("first", "start", "places", "cells", "cell_shape")
 """Settings that follow from all layers of a warehouse."""
 
+FEW_CHANNELS = 16
+"""Below that a layer shares with its like only, unless a rule names its warehouse."""
+
 MOST_COEFFICIENTS = 2**31
 """Numbers in the last map of one layer's attention, beyond which a warehouse makes no sense."""
 
@@ -44,13 +47,15 @@ def stage_of(shape: Shape) -> str:
     """The warehouse of a layer whose rule names none: that of its stage.
 
     The stage is the part of the layer's name up to the first number, as in `layer1` of `layer1.0.conv2` and `stages.0`
-    of `stages.0.blocks.1.conv`, and `all` where no module around it is numbered. Grouped layers are apart from the
-    others, because cells that fit both would be very small.
+    of `stages.0.blocks.1.conv`, and `all` where no module around it is numbered. Layers whose filters see few channels,
+    of the image or of a group, are apart from the others, because cells that fit both would be very small.
     """
     parts = shape.name.split(".")[:-1]
     numbered = next((at for at, part in enumerate(parts) if part[-1:].isdigit()), None)
     stage = "all" if numbered is None else ".".join(parts[: numbered + 1])
-    return stage if shape.groups == 1 else f"{stage}, {shape.in_channels} channels a group"
+    if shape.groups == 1 and shape.in_channels >= FEW_CHANNELS:
+        return stage
+    return f"{stage}, filters of {shape.in_channels} channels"
 
 
 def shared_out(shapes: Sequence[Shape], settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
