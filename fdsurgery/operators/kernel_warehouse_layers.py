@@ -268,7 +268,7 @@ class KernelWarehouseLayer(DynamicLayer):
     def _multiply(self, scale: Tensor) -> None:
         if bool((self._factors(scale) != 1).any()):
             raise ValueError(
-                f"{type(self).__name__} mixes cells that others mix too, so its weight cannot be multiplied alone: leave "
+                f"{type(self).__name__} mixes cells that others mix too, so its weight is not multiplied alone: leave "
                 "the norm behind it as it is, as fdsurgery.fuse_norms does"
             )
 

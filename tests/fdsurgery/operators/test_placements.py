@@ -1,4 +1,4 @@
-"""CondConv, DY-Conv and ODConv where their authors have them in a ResNet-50: the numbers that were published."""
+"""CondConv, DY-Conv, ODConv and KernelWarehouse where their authors have them in a ResNet-50: the numbers that were published."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ PLACED: dict[str, tuple[str, dict[str, Any], int, int, dict[str, int]]] = {
     "DY-Conv 4x": ("dyconv_resnet", {}, 52, 75_338_144, {"heads": 5_001_424, "mixing": 93_782_016}),
     "ODConv 1x": ("odconv_resnet", {"kernels": 1}, 48, 3_078_080, {"heads": 3_031_728}),
     "ODConv 4x": ("odconv_resnet", {"kernels": 4}, 48, 65_113_856, {"heads": 3_037_488, "mixing": 82_706_432}),
+    "KW 1x": ("kw_resnet", {}, 50, 2_495_278, {"attention": 2_452_192, "mixing": 2_035_355_648}),
+    "KW 4x": ("kw_resnet", {"ratio": 4}, 50, 76_458_112, {"attention": 6_021_040, "mixing": 8_141_422_592}),
 }
 """Recipe, settings, layers, parameters added, and multiply-adds that no size of an image changes."""
 
