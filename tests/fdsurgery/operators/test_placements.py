@@ -1,4 +1,4 @@
-"""CondConv, DY-Conv, ODConv and KernelWarehouse where their authors have them in a ResNet-50: the numbers that were published."""
+"""CondConv, DY-Conv, ODConv and KernelWarehouse where they are in a ResNet-50: the numbers that were published."""
 
 from __future__ import annotations
 
