@@ -444,3 +444,20 @@ def test_two_processes_train_as_one(name: str, tmp_path: Path) -> None:
     for fqn, gradient in own.items():
         if gradient.norm() > 1e-6:
             assert distance(found[fqn], gradient) < 1e-4, fqn
+
+
+def test_adamw_moves_a_weight_as_it_moves_a_plain_one(name: str) -> None:
+    before = {fqn: layer.weight.detach().clone() for fqn, layer in plain().named_modules() if hasattr(layer, "weight")}
+    moved = []
+    for model in (plain(), converted(name)):
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0)
+        for _ in range(5):
+            loss = (model(images(8)) - torch.linspace(-1, 1, 40).view(8, 5)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            moved.append({fqn: distance(model.get_submodule(fqn).weight, its) for fqn, its in before.items()})
+    ratios = {fqn: moved[1][fqn] / moved[0][fqn] for fqn in fdsurgery.dynamic_layers(converted(name))}
+    assert all(0.75 < ratio < 1.25 for ratio in ratios.values()), ratios
