@@ -95,7 +95,8 @@ class Grid:
 
 
 # EfficientNet-Lite's dynamic layers are 1x1, whose input has no bands to modulate, and no taps to move apart.
-NO_BANDS = ("KSM only", "bands only", "FADC")
+# Its widths have few common divisors, so that a warehouse of them has thousands of tiny cells.
+NO_BANDS = ("KSM only", "bands only", "FADC", "KW 1x")
 ON_RESNET = ("converted, paper's parametrisation", "no modulation (spectra only)", "kernel_num 4", "kernel_num 16")
 GRIDS = {
     "cpu": Grid(

@@ -21,8 +21,8 @@ WORKED_OUT = ("first", "start", "places", "cells", "cell_shape")
 FEW_CHANNELS = 16
 """Below that a layer shares with its like only, unless a rule names its warehouse."""
 
-MOST_COEFFICIENTS = 2**31
-"""Numbers in the last map of one layer's attention, beyond which a warehouse makes no sense."""
+MOST_COEFFICIENTS = 2**29
+"""Numbers in the last maps of the attention of all layers of a warehouse, beyond which it makes no sense."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,18 @@ def _one_warehouse(name: str, shapes: Sequence[Shape], settings: Sequence[dict[s
             f"the warehouse {name!r} has {cells} cells at ratio {ratio:g}, and its layers of {places} places would "
             f"take {starts[-1]}: 1 over the ratio must divide the places of each layer"
         )
+    needed = 0
     for shape, count, its in zip(shapes, places, settings, strict=True):
-        width = max(int(shape.in_channels * shape.groups * its["reduction"]), its["min_channels"])
-        if count * (cells + 1) * width > MOST_COEFFICIENTS:
-            raise RecipeError(
-                f"the warehouse {name!r} has {cells:,} cells of {'x'.join(map(str, cell))}, and the attention of "
-                f"{shape.name!r} would need {count * (cells + 1) * width:,} numbers to mix its {count:,} places of "
-                "them; put layers that have few channels in common into warehouses of their own"
-            )
+        needed += (
+            count * (cells + 1) * max(int(shape.in_channels * shape.groups * its["reduction"]), its["min_channels"])
+        )
+    if needed > MOST_COEFFICIENTS:
+        weights = sum(shape.numel for shape in shapes)
+        raise RecipeError(
+            f"the warehouse {name!r} has {cells:,} cells of {'x'.join(map(str, cell))}, and the attention of its "
+            f"{len(shapes)} layers, {shapes[0].name!r} first, would need {needed:,} numbers to mix them for "
+            f"{weights:,} weights; put layers that have few channels in common into warehouses of their own (warehouse: NAME)"
+        )
     return [
         {"first": shapes[0].name, "start": start, "places": count, "cells": cells, "cell_shape": list(cell)}
         for start, count in zip(starts, places, strict=False)
