@@ -109,7 +109,7 @@ def _one_warehouse(name: str, shapes: Sequence[Shape], settings: Sequence[dict[s
         raise RecipeError(
             f"the warehouse {name!r} has {cells:,} cells of {'x'.join(map(str, cell))}, and the attention of its "
             f"{len(shapes)} layers, {shapes[0].name!r} first, would need {needed:,} numbers to mix them for "
-            f"{weights:,} weights; put layers that have few channels in common into warehouses of their own (warehouse: NAME)"
+            f"{weights:,} weights; put layers that have few channels in common into warehouses of their own"
         )
     return [
         {"first": shapes[0].name, "start": start, "places": count, "cells": cells, "cell_shape": list(cell)}
