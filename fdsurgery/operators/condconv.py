@@ -131,6 +131,7 @@ class CondConvOperator(DynamicOperator):
     name = "condconv"
     title = "[CondConv](https://arxiv.org/abs/1904.04971)"
     leaf = "experts"
+    official_leaf = "routing_fn.weight"
     settings_class = CondConvSettings
     conv_layer = CondConv2d
     linear_layer = CondLinear
@@ -152,11 +153,26 @@ class CondConvOperator(DynamicOperator):
         experts = config.get("num_experts", len(state["weight"]))
         plain = plain_conv(config, state["weight"])
         layer = self.make(plain, {"experts": experts}).train(config.get("mode") == "train")
-        scale = experts / 2
+        return loaded(layer, self.own_state(layer, state))
+
+    def own_state(self, layer: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        assert isinstance(layer, _CondConv)
+        scale = layer.settings["experts"] / 2
         own = {name: tensor for name, tensor in state.items() if name.startswith("routing_fn.")}
-        own["experts"] = state["weight"].view(experts, *plain.weight.shape) * scale
+        own["experts"] = (state["weight"] * scale).view(layer.experts.shape)
         if "bias" in state:
-            biases = state["bias"] * scale
-            own["bias"] = biases.mean(0)
-            own["expert_bias"] = (biases - own["bias"])[:-1]
-        return loaded(layer, own)
+            biases = state["bias"].double() * scale
+            mean = mean_kernel(biases)
+            own["bias"] = mean.to(state["bias"].dtype)
+            own["expert_bias"] = (biases - mean)[:-1].to(state["bias"].dtype)
+        return own
+
+    def official_state(self, layer: nn.Module) -> dict[str, Tensor]:
+        """The state under timm's names. Biases, which are stored by their mean and what they differ by, are rounded."""
+        assert isinstance(layer, _CondConv)
+        scale = layer.settings["experts"] / 2
+        state = {f"routing_fn.{name}": tensor for name, tensor in layer.routing_fn.state_dict().items()}
+        state["weight"] = layer.experts.detach().flatten(1) / scale
+        if layer.bias is not None and layer.expert_bias is not None:
+            state["bias"] = (layer.bias.detach() + full_deltas(layer.expert_bias.detach())) / scale
+        return state
