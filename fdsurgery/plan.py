@@ -7,11 +7,14 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from torch import nn
 
+from .discovery.kinds import kind_named
 from .discovery.site import Site
 from .errors import PlanError, near_misses
-from .operators import get_operator
+from .operators import Wanted, build_layers, get_operator
 from .recipe import FineTune
 from .report import Row, in_units, render, table
 
@@ -71,6 +74,54 @@ def resolved(decisions: tuple[Decision, ...]) -> tuple[Decision, ...]:
         found = get_operator(name).resolve(sites, [decision.settings for decision in group])
         settings.update(zip((site.name for site in sites), found, strict=True))
     return tuple(replace(one, settings=settings.get(one.site.name, one.settings)) for one in decisions)
+
+
+def plain_twin(site: Site, *, bias: bool) -> nn.Module:
+    """A plain layer of the shape and the geometry of a site's; one that pads by size itself takes a padded input."""
+    kind = kind_named(site.kind)
+    geometry = {name: getattr(site, name) for name in kind.geometry_names}
+    if site.pads_same:
+        geometry["padding"] = 0
+    layer: nn.Module = kind.make(site.in_channels, site.out_channels, bias=bias, **geometry)
+    return layer
+
+
+def _recounted(before: tuple[Decision, ...], after: tuple[Decision, ...]) -> tuple[Decision, ...]:
+    """Decisions after some were changed, with the costs of those whose settings followed from all."""
+    changed = {
+        new.operator for old, new in zip(before, after, strict=True) if new.swap and old.settings != new.settings
+    }
+    old_costs = _costs_alone([one for one in before if one.operator in changed])
+    new_costs = _costs_alone([one for one in after if one.operator in changed])
+    recounted = []
+    for one in after:
+        if one.operator in changed:
+            (old_size, old_counts), (size, counts) = old_costs[one.site.name], new_costs[one.site.name]
+            was = one.multiply_adds_by_component
+            one = replace(
+                one,
+                parameters_added=one.parameters_added + size - old_size,
+                multiply_adds_by_component={key: was[key] * counts[key] // max(1, old_counts[key]) for key in was},
+            )
+        recounted.append(one)
+    return tuple(recounted)
+
+
+def _costs_alone(decisions: list[Decision]) -> dict[str, tuple[int, dict[str, int]]]:
+    """Parameters of each new layer, those that layers share once, and the multiply-adds of its first call."""
+    with torch.device("meta"):
+        made = build_layers(
+            Wanted(one.site.name, plain_twin(one.site, bias=False), str(one.operator), one.settings)
+            for one in decisions
+        )
+    costs, seen = {}, set[nn.Parameter]()
+    for one in decisions:
+        layer, shape = made[one.site.name], one.site.input_shape
+        own = set(layer.parameters()) - seen
+        seen |= own
+        counts = {} if shape is None else get_operator(str(one.operator)).multiply_adds(layer, shape[1:])
+        costs[one.site.name] = sum(parameter.numel() for parameter in own), counts
+    return costs
 
 
 def _as_saved(decision: Decision) -> Decision:
@@ -162,7 +213,7 @@ class Plan:
             names = [decision.site.name for decision in self.swaps]
             raise PlanError(f"no swap of this plan matches {pattern!r}{near_misses(pattern, names)}")
         left = (Decision(one.site, reason) if one.site.name in kept else one for one in self.decisions)
-        return replace(self, decisions=resolved(tuple(left)))
+        return replace(self, decisions=_recounted(self.decisions, resolved(tuple(left))))
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON types.

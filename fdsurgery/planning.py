@@ -18,7 +18,7 @@ from .discovery.site import Site
 from .errors import RecipeError, near_misses
 from .integrations import network_of
 from .operators import Operator, Wanted, build_layers, get_operator
-from .plan import Decision, Plan, resolved
+from .plan import Decision, Plan, plain_twin, resolved
 from .recipe import Recipe, SwapRule, check_rules_matched, detect_recipe, load_recipe, matches_any
 from .rewrite.check_model import refuse_unsupported
 from .surroundings import undisturbed
@@ -191,7 +191,8 @@ def _with_costs(decisions: tuple[Decision, ...], model: nn.Module, seen: Observa
     layers = {name: model.get_submodule(name) for name in swaps}
     with torch.device("meta"):
         made = build_layers(
-            Wanted(name, _twin(one.site, layers[name]), str(one.operator), one.settings) for name, one in swaps.items()
+            Wanted(name, plain_twin(one.site, bias=layers[name].bias is not None), str(one.operator), one.settings)
+            for name, one in swaps.items()
         )
     counted: set[nn.Parameter] = set()
     costed = {}
@@ -204,15 +205,6 @@ def _with_costs(decisions: tuple[Decision, ...], model: nn.Module, seen: Observa
             multiply_adds_by_component=_multiply_adds_added(decision, made[name], layers[name], seen),
         )
     return tuple(costed.get(decision.site.name, decision) for decision in decisions)
-
-
-def _twin(site: Site, layer: nn.Module) -> nn.Module:
-    """A plain layer of the shape and the geometry of a site's; one that pads by size itself takes a padded input."""
-    kind, bias = kind_named(site.kind), layer.bias is not None
-    geometry = {name: getattr(site, name) for name in kind.geometry_names}
-    if site.pads_same:
-        geometry["padding"] = 0
-    return kind.make(site.in_channels, site.out_channels, bias=bias, **geometry)
 
 
 def _multiply_adds_added(decision: Decision, new: nn.Module, layer: nn.Module, seen: Observation) -> dict[str, int]:

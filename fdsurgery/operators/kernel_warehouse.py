@@ -134,12 +134,8 @@ class KernelWarehouseOperator(DynamicOperator):
         return [made[at] for at in range(len(layers))]
 
     def release(self, leaving: Collection[nn.Module], staying: Sequence[nn.Module]) -> None:
-        for layer in leaving:
-            assert isinstance(layer, KernelWarehouseLayer)
-            warehouse = layer.warehouse
-            others = [one for one in warehouse.layers if one not in leaving]
-            if warehouse.owner is layer and others:  # one of the same model, if that is known
-                warehouse.pass_on(next((one for one in others if one in staying), others[0]))
+        for warehouse in {layer.warehouse for layer in leaving if isinstance(layer, KernelWarehouseLayer)}:
+            warehouse.leave(leaving, preferred=staying)  # else one outside of the part of a model that this is
 
     def kernels(self, layer: nn.Module) -> Tensor | None:
         return None  # cells are no kernels

@@ -8,7 +8,7 @@ and 3).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -52,11 +52,15 @@ class Warehouse:
         """Those that share, in order."""
         return sorted(self._layers, key=lambda layer: layer.settings["start"])
 
-    def pass_on(self, layer: Any) -> None:
-        """Have another layer own the cells: the same parameter, so that an optimizer goes on with it."""
-        cells = self.owner._parameters.pop("cells")
-        self.owner = layer
-        layer._parameters["cells"] = cells
+    def leave(self, leaving: Collection[nn.Module], preferred: Collection[nn.Module]) -> None:
+        """Have a layer that stays own the cells, if one does: the same parameter, so that optimizers go on with it."""
+        for layer in leaving:
+            self._layers.discard(layer)
+        heirs = self.layers
+        if heirs and self.owner in leaving:
+            heir = next((one for one in heirs if one in preferred), heirs[0])
+            heir._parameters["cells"] = self.owner._parameters.pop("cells")
+            self.owner = heir
 
     def __reduce__(self) -> Any:
         return type(self), (), (self.owner,)
@@ -160,7 +164,7 @@ class KernelWarehouseLayer(DynamicLayer):
       of the model's parameters; let `fdsurgery.restore(model, names)` do it.
     - `copy.deepcopy` and pickling of a model keep what is shared within the copy; those of one layer bring a copy of
       the owner along, so that the copy computes the same and shares with nobody.
-    - A module that a model uses twice is one layer of the warehouse. Two layers with one weight have a copy each.
+    - A module that a model uses twice is one layer of the warehouse. Layers that share a weight are not swapped.
     - The static weight of one layer is its cells. Where other layers have learned to mix these, writing it changes
       them.
 
