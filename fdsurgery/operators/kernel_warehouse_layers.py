@@ -19,7 +19,7 @@ from fdconv.modulation import ContextBatchNorm, Squeeze, ZeroInit, linear_of, no
 from fdconv.precision import rescaled
 
 from .dynamic_layer import DynamicConv2d, DynamicLayer, DynamicLinear
-from .warehouse import assigned_cells
+from .warehouse import assigned_cells, logits_of
 
 SMALLEST_SUM = 1e-3
 """Added to what coefficients are divided by."""
@@ -90,14 +90,12 @@ class CellAttention(nn.Module):
         layer_norm = settings["norm"] == "layer"
         self.fc1 = Squeeze(self.width, in_channels, bias=layer_norm, **made)
         self.norm1: nn.Module = nn.LayerNorm(self.width, **made) if layer_norm else ContextBatchNorm(self.width, **made)
-        self.own, self.basis = self.cells, 0
+        nonlocal_ratio = settings["nonlocal_basis_ratio"]
+        self.own, self.basis = logits_of(self.places, self.cells, settings["ratio"], nonlocal_ratio)
         self.fc3: Squeeze | None = None
         self.basis_bias: nn.Parameter | None = None
-        if settings["nonlocal_basis_ratio"] < 1:
-            self.own = int(settings["ratio"] * self.places)
-            others = self.cells - self.own
-            self.basis = max(int(others * settings["nonlocal_basis_ratio"]), 16)
-            self.fc3 = Squeeze(others, self.basis, **made)
+        if self.basis:
+            self.fc3 = Squeeze(self.cells - self.own, self.basis, **made)
             self.basis_bias = nn.Parameter(like.new_empty(self.places * (self.cells + 1)))
         logits = self.places * (self.own + self.basis + 1)
         self.fc2 = ZeroInit(logits, self.width, bias=self.fc3 is None, **made)

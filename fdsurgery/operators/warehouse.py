@@ -101,15 +101,16 @@ def _one_warehouse(name: str, shapes: Sequence[Shape], settings: Sequence[dict[s
         )
     needed = 0
     for shape, count, its in zip(shapes, places, settings, strict=True):
-        needed += (
-            count * (cells + 1) * max(int(shape.in_channels * shape.groups * its["reduction"]), its["min_channels"])
-        )
+        own, basis = logits_of(count, cells, ratio, common["nonlocal_basis_ratio"])
+        width = max(int(shape.in_channels * shape.groups * its["reduction"]), its["min_channels"])
+        needed += count * (own + basis + 1) * width
     if needed > MOST_COEFFICIENTS:
         weights = sum(shape.numel for shape in shapes)
         raise RecipeError(
             f"the warehouse {name!r} has {cells:,} cells of {'x'.join(map(str, cell))}, and the attention of its "
             f"{len(shapes)} layers, {shapes[0].name!r} first, would need {needed:,} numbers to mix them for "
-            f"{weights:,} weights; put layers that have few channels in common into warehouses of their own"
+            f"{weights:,} weights; put layers that have few channels in common into warehouses of their own, or lower "
+            "nonlocal_basis_ratio"
         )
     return [
         {"first": shapes[0].name, "start": start, "places": count, "cells": cells, "cell_shape": list(cell)}
@@ -135,6 +136,14 @@ def _cell_shape(name: str, shapes: Sequence[Shape], common: dict[str, Any]) -> t
             f"without spatial_partition a cell is as large as the kernel, and kernels of {name!r} differ: {told}"
         )
     return c_o, c_i, *shapes[0].kernel_size
+
+
+def logits_of(places: int, cells: int, ratio: float, nonlocal_basis_ratio: float) -> tuple[int, int]:
+    """How many logits of a place are for single cells, and how many for the basis that spans the others."""
+    own = int(ratio * places)
+    if nonlocal_basis_ratio >= 1 or own == cells:
+        return cells, 0
+    return own, max(int((cells - own) * nonlocal_basis_ratio), 16)
 
 
 def cells_taken(places: int, ratio: float) -> int:

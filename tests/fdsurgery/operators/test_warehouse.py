@@ -8,7 +8,7 @@ import pytest
 
 import fdsurgery
 from fdsurgery.operators import get_operator
-from fdsurgery.operators.warehouse import Shape, assigned_cells, cells_taken, shared_out, stage_of
+from fdsurgery.operators.warehouse import Shape, assigned_cells, cells_taken, logits_of, shared_out, stage_of
 
 OPERATOR: Any = get_operator("kernel_warehouse")
 
@@ -27,6 +27,12 @@ def test_cells_are_assigned_as_the_paper_has_it() -> None:
         expected.append(following if filled else 50)
         following += filled
     assert assigned_cells(10, 8, 0.5, 50) == expected and cells_taken(8, 0.5) == 4
+
+
+def test_a_basis_spans_what_is_not_the_layers_own() -> None:
+    assert logits_of(9, 100, 2, 1.0) == (100, 0)
+    assert logits_of(9, 100, 2, 0.5) == (18, 41) and logits_of(9, 100, 2, 0.01) == (18, 16)
+    assert logits_of(9, 18, 2, 0.5) == (18, 0), "a layer alone has nothing to span"
 
 
 def test_warehouses_by_name_and_by_stage() -> None:
