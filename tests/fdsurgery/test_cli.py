@@ -56,6 +56,21 @@ def test_plan_prints_a_table_or_json() -> None:
     assert fdsurgery.Plan.from_dict(plan).swaps[0].settings["kernel_num"] == 16
 
 
+def test_another_operator_takes_the_sites_of_the_recipe(model_file: Path) -> None:
+    told = invoke("plan", "models.py:build", "--operator", "odconv", "--set", "kernels=2", "--json")
+    swaps = fdsurgery.Plan.from_dict(json.loads(told)).swaps
+    assert {swap.operator for swap in swaps} == {"odconv"} and swaps[0].settings["kernels"] == 2
+    text = invoke("convert", "models.py:build", "-o", "saved", "--operator", "condconv", "--no-pretrained")
+    assert "unchanged" in text and json.loads((model_file.parent / "saved" / "fdsurgery.json").read_text())
+    for arguments, said in (
+        (["--operator", "odcon"], "no operator is called 'odcon'"),
+        (["--operator", "odconv", "--set", "kernel=2"], "did you mean 'kernels'"),
+        (["--operator", "odconv", "--set", "kernels=0"], "greater than or equal to 1"),
+        (["--set", "kernels=2"], "'kernels' is no setting of fdconv"),
+    ):
+        assert said in " ".join(invoke("plan", "models.py:build", *arguments, code=2).split())
+
+
 def test_convert_verifies_and_saves_what_load_reads(tmp_path: Path) -> None:
     folder = tmp_path / "saved"
     text = invoke("convert", "timm:resnet18", "-o", str(folder), "--no-pretrained")
