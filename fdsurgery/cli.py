@@ -271,6 +271,7 @@ def new_recipe(
     """Write a first recipe for a model, from what one look at it shows."""
     from .discovery import sites
     from .recipe.authoring import draft
+    from .saving.atomic import write_text
 
     if output is not None and output.exists():
         raise SurgeryError(f"{output} exists; give a new file")
@@ -281,7 +282,7 @@ def new_recipe(
         print(text, end="")
         return
     try:
-        output.write_text(text, encoding="utf-8")
+        write_text(output, text)
     except OSError as error:
         raise SurgeryError(f"{output} cannot be written: {error.strerror or error}") from None
     _say(f"written to {output}; try it: fdsurgery plan {spec} --recipe {output}")

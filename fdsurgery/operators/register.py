@@ -7,6 +7,7 @@ A package of its own registers operators by an entry point of the group `fdsurge
 from __future__ import annotations
 
 import importlib
+import threading
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ _WORDS = ("all", "dynamic", "modulation")
 """Names that `fdsurgery.freeze` has another use for."""
 
 _operators: dict[str, Operator] = {}
-_is_loaded = False
+_loading = threading.RLock()
+_is_begun = _is_loaded = False
 
 
 def register_operator(operator: OperatorT) -> OperatorT:
@@ -133,10 +135,17 @@ def _place(kind: type) -> tuple[str, str]:
 
 def _load_all() -> None:
     """Ours, then those of installed packages, each once. One that cannot be loaded is told, and stops nobody."""
-    global _is_loaded
+    global _is_begun, _is_loaded
     if _is_loaded:
         return
-    _is_loaded = True  # from the start: what is loaded here may ask, or register itself
+    with _loading:  # others wait; what is loaded here may ask, or register itself
+        if not _is_begun:
+            _is_begun = True
+            _load_shipped_and_installed()
+            _is_loaded = True
+
+
+def _load_shipped_and_installed() -> None:
     for place in _SHIPPED:
         module, _, name = place.partition(":")
         _add(getattr(importlib.import_module(module), name)())

@@ -371,3 +371,14 @@ def test_a_package_brings_operators_by_entry_points(tmp_path: Path) -> None:
     )
     assert run.stdout.strip() == "elsewhere", run.stderr
     assert "the operator 'broken' of elsewhere:Missing cannot be used" in run.stderr
+
+
+def test_threads_that_ask_at_once_all_see_every_operator() -> None:
+    code = (
+        "import threading; from fdsurgery.operators import operators; start = threading.Barrier(8); seen = []\n"
+        "def ask():\n    start.wait(); seen.append(len(operators()))\n"
+        "threads = [threading.Thread(target=ask) for _ in range(8)]\n"
+        "[one.start() for one in threads]; [one.join() for one in threads]; print(set(seen) == {len(operators())})"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "True", run.stdout + run.stderr
