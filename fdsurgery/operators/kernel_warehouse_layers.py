@@ -7,6 +7,7 @@ and 3).
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fdconv.modulation import ContextBatchNorm, Squeeze, ZeroInit, linear_of, normed
+from fdconv.modulation import SLOW_HEADS, ContextBatchNorm, Squeeze, ZeroInit, linear_of, normed
 from fdconv.precision import rescaled
 
 from .dynamic_layer import DynamicConv2d, DynamicLayer, DynamicLinear
@@ -69,11 +70,21 @@ class Warehouse:
         (self.owner,) = state
 
 
+def _power_of_two(number: float) -> float:
+    """The next above a number, at least 1: factors that change no digit of an official checkpoint."""
+    return 2.0 ** math.ceil(math.log2(max(1.0, number)))
+
+
 class CellAttention(nn.Module):
     """The coefficients of all cells for each place of a layer, `(B, C_in)` to `(B, places, cells)`.
 
     Neutral at the start: a coefficient of 1/1.001 for the cell that is assigned to the place, 0 for all others,
     whatever the input. These have a gradient, for the derivative of `|z|` is 0 at 0, as long as no cell is zero.
+
+    Logits are those that are stored over `logit_scale`, and what `fc2` is applied to over `hidden_scale`, powers of
+    two: a place's logits are divided by the sum of their sizes, and a step of Adam moves each of the hundreds that are
+    zero as far as any other, by which the share of the assigned cell would drop. In a ResNet-18 at ratio 4 it fell to
+    0.2 in one step at 1e-3, and now to 0.8.
 
     Args:
         in_channels: `C_in`.
@@ -86,6 +97,8 @@ class CellAttention(nn.Module):
         super().__init__()
         self.places, self.cells, self.start = settings["places"], settings["cells"], settings["start"]
         self.width = max(int(in_channels * settings["reduction"]), settings["min_channels"])
+        self.logit_scale = _power_of_two((self.cells + 1) ** 0.5)
+        self.hidden_scale = self.logit_scale * _power_of_two(self.width / SLOW_HEADS)
         made: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         layer_norm = settings["norm"] == "layer"
         self.fc1 = Squeeze(self.width, in_channels, bias=layer_norm, **made)
@@ -103,7 +116,7 @@ class CellAttention(nn.Module):
 
     @property
     def bias(self) -> nn.Parameter:
-        """`(places*(cells + 1),)`, the logits at zero modulation."""
+        """`(places*(cells + 1),)`, the logits at zero modulation, times `logit_scale`."""
         bias = self.fc2.bias if self.basis_bias is None else self.basis_bias
         assert bias is not None
         return bias
@@ -112,9 +125,12 @@ class CellAttention(nn.Module):
         """`(places, cells + 1)`: 1 where a cell is assigned to a place."""
         return (assigned[:, None] == torch.arange(self.cells + 1, device=assigned.device)).to(dtype)
 
+    def _bias_at_start(self, assigned: Tensor) -> Tensor:
+        return self.one_hot(assigned, self.bias.dtype).flatten() * self.logit_scale
+
     @torch.no_grad()
     def _start_(self, assigned: Tensor) -> None:
-        self.bias.copy_(self.one_hot(assigned, self.bias.dtype).flatten())
+        self.bias.copy_(self._bias_at_start(assigned))
 
     def reset_(self, assigned: Tensor) -> None:
         """Draw the first map anew, and be neutral."""
@@ -125,7 +141,11 @@ class CellAttention(nn.Module):
 
     def modulation(self, assigned: Tensor) -> list[Tensor]:
         """Tensors that are all zero where the attention is neutral."""
-        return [self.fc2.weight, self.bias - self.one_hot(assigned, self.bias.dtype).flatten()]
+        return [self.fc2.weight, self.bias - self._bias_at_start(assigned)]
+
+    def official_scales(self) -> dict[str, float]:
+        """By what tensors are larger than in the authors' code, where they are."""
+        return {"fc2.weight": self.hidden_scale, "fc2.bias": self.logit_scale, "basis_bias": self.logit_scale}
 
     def products(self) -> int:
         """Multiply-adds for a sample."""
@@ -134,12 +154,13 @@ class CellAttention(nn.Module):
 
     def forward(self, context: Tensor, assigned: Tensor, tau: Tensor) -> Tensor:
         hidden = F.relu(normed(self.norm1, linear_of(self.fc1, context), self.fc1.weight.dtype))
-        logits = linear_of(self.fc2, hidden).unflatten(1, (self.places, -1))
+        logits = F.linear(hidden / self.hidden_scale, self.fc2.weight.to(hidden.dtype))
+        logits = logits.unflatten(1, (self.places, -1))
         if self.fc3 is not None:
             own, basis, empty = logits.split([self.own, self.basis, 1], 2)
             others = linear_of(self.fc3, basis)
             logits = torch.cat([others[..., : self.start], own, others[..., self.start :], empty], 2)
-            logits = logits + self.bias.to(logits.dtype).view(self.places, -1)
+        logits = logits + self.bias.to(logits.dtype).view(self.places, -1) / self.logit_scale
         tau = tau.to(logits.dtype)
         mixture = logits / (logits.abs().sum(2, keepdim=True) + SMALLEST_SUM)
         mixture = (1 - tau) * mixture + tau * self.one_hot(assigned, logits.dtype)

@@ -1,7 +1,8 @@
 """Layers of KernelWarehouse under the names of the authors' code: chains of layers that share warehouses.
 
 There the cells are `warehouse_manager.weights.{j}` of the whole model; what else a layer has is `NAME.attention.*` and
-`NAME.bias`, of a linear layer `NAME.conv.attention.*` and `NAME.conv.bias`. Values are the same here and there.
+`NAME.bias`, of a linear layer `NAME.conv.attention.*` and `NAME.conv.bias`. Values are the same here and there, but for
+those that make the logits, which are larger here by powers of two.
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ def to_official(layers: Mapping[str, KernelWarehouseLayer], numbers: Mapping[War
     for name, layer in layers.items():
         for leaf, tensor in layer.state_dict().items():
             if leaf not in _OURS:
-                state[official_name(name, layer, leaf)] = tensor
+                state[official_name(name, layer, leaf)] = tensor / scale if (scale := _scale(layer, leaf)) else tensor
     for warehouse, number in numbers.items():
         cells = warehouse.owner.cells.detach()
         users = [layer for layer in layers.values() if layer.warehouse is warehouse]
@@ -168,5 +169,10 @@ def from_official(
             if leaf == "cells":
                 own[f"{name}.cells"] = state[f"{CELLS}{numbers[layer.warehouse]}"].reshape(tensor.shape)
             elif leaf not in _OURS:
-                own[f"{name}.{leaf}"] = state[official_name(name, layer, leaf)]
+                official = state[official_name(name, layer, leaf)]
+                own[f"{name}.{leaf}"] = official * scale if (scale := _scale(layer, leaf)) else official
     return own
+
+
+def _scale(layer: KernelWarehouseLayer, leaf: str) -> float | None:
+    return layer.attention.official_scales().get(leaf.removeprefix("attention."))

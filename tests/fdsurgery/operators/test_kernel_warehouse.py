@@ -46,8 +46,9 @@ def built(*plains: nn.Module, **settings: Any) -> list[Any]:
 def perturbed(*layers: Any, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for layer in layers:
-        for parameter in layer.attention.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.3)
+        scales = layer.attention.official_scales()
+        for name, parameter in layer.attention.named_parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.3 * scales.get(name, 1))
         norm = layer.attention.norm1
         if isinstance(norm, ContextBatchNorm):
             norm.running_mean.normal_(generator=generator)
@@ -116,7 +117,10 @@ def test_what_follows_need_not_be_said_and_tau_ends_at_zero() -> None:
 def coefficients_by_loops(layer: Any, s: list[float], tau: float) -> list[list[float]]:
     """One sample's, number by number, in double precision."""
     attention = layer.attention
-    fc1, fc2 = attention.fc1.weight.double().tolist(), attention.fc2.weight.double().tolist()
+    n, m = layer.settings["cells"], layer.settings["places"]
+    per_logit = next(2.0**power for power in range(20) if 4**power >= n + 1)
+    per_hidden = per_logit * next(2.0**power for power in range(20) if 16 * 2**power >= len(attention.fc1.weight))
+    fc1, fc2 = attention.fc1.weight.double().tolist(), (attention.fc2.weight.double() / per_hidden).tolist()
     norm = attention.norm1
     hidden = [sum(w * v for w, v in zip(row, s, strict=True)) for row in fc1]
     if isinstance(norm, ContextBatchNorm):
@@ -132,12 +136,12 @@ def coefficients_by_loops(layer: Any, s: list[float], tau: float) -> list[list[f
         for h, m, v, g, b in zip(hidden, means, variances, gains, shifts, strict=True)
     ]
     raw = [sum(w * h for w, h in zip(row, hidden, strict=True)) for row in fc2]
-    n, m = layer.settings["cells"], layer.settings["places"]
+    bias = ((attention.fc2.bias if attention.fc3 is None else attention.basis_bias).double() / per_logit).tolist()
     if attention.fc3 is None:
-        logits = [z + b for z, b in zip(raw, attention.fc2.bias.double().tolist(), strict=True)]
+        logits = [z + b for z, b in zip(raw, bias, strict=True)]
     else:
         own, basis, start = attention.own, attention.basis, layer.settings["start"]
-        bias, fc3 = attention.basis_bias.double().tolist(), attention.fc3.weight.double().tolist()
+        fc3 = attention.fc3.weight.double().tolist()
         logits = []
         for place in range(m):
             row = raw[place * (own + basis + 1) : (place + 1) * (own + basis + 1)]
@@ -182,6 +186,7 @@ CASES: dict[str, tuple[list[nn.Module], dict[str, Any]]] = {
     "whole kernels": ([nn.Conv2d(4, 8, 3), nn.Conv2d(8, 4, 3)], {"spatial_partition": False, "ratio": 2}),
     "smaller cells": ([nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)], {"cell_in_ratio": 0.5, "cell_out_ratio": 0.25}),
     "a basis": ([nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 1)], {"nonlocal_basis_ratio": 0.5, "ratio": 2}),
+    "a wide attention": ([nn.Conv2d(40, 8, 1), nn.Conv2d(8, 4, 1)], {"reduction": 1.0, "ratio": 2}),
     "linear, layer norm": ([nn.Linear(8, 12), nn.Linear(12, 8, bias=False)], {"norm": "layer"}),
 }
 
@@ -306,6 +311,33 @@ def test_mixtures_move_apart_in_training() -> None:
     static, once, four, dead = losses(0), losses(1), losses(4), losses(4, dead=True)
     assert once < 0.7 * static and four < 0.5 * static
     assert dead > 0.9 * static, "an attention that does not look at its input learns no more than a static layer"
+
+
+def test_adam_leaves_the_assigned_cells_their_share() -> None:
+    """Hundreds of logits that are zero move by a step each, and all are divided by their sum."""
+
+    def share(scaled: bool) -> float:
+        torch.manual_seed(0)
+        layers = built(*(nn.Conv2d(16, 16, 3, padding=1) for _ in range(6)), ratio=4)
+        if not scaled:  # as the authors store them
+            for layer in layers:
+                with torch.no_grad():
+                    layer.attention.bias.div_(layer.attention.logit_scale)
+                layer.attention.logit_scale = layer.attention.hidden_scale = 1.0
+        net = nn.Sequential(*layers)
+        optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
+        x = torch.randn(4, 16, 8, 8)
+        for _ in range(5):
+            optimizer.zero_grad()
+            (net(x) - x.flip(1)).square().mean().backward()
+            optimizer.step()
+        shares = []
+        for layer in layers:
+            mixture = layer.attention(x.mean((2, 3)), layer.assigned_cells, layer.tau)
+            shares.append(mixture[:, torch.arange(9), layer.assigned_cells].min())
+        return float(torch.stack(shares).min())
+
+    assert share(scaled=True) > 0.6 and share(scaled=False) < 0.3
 
 
 def test_gradients() -> None:
