@@ -38,7 +38,7 @@ def shipped_recipes() -> dict[str, Traversable]:
     Examples:
         >>> import fdsurgery
         >>> list(fdsurgery.shipped_recipes())
-        ['clip', 'convnext', ...]
+        ['clip', 'condconv_resnet', ...]
     """
     folder = importlib.resources.files("fdsurgery") / "recipes"
     if not folder.is_dir():  # in a checkout they lie beside the package
