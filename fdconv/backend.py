@@ -68,8 +68,14 @@ def _choice() -> Backend:
     return _of_block.get() or _of_process
 
 
-# Older compilers do not look into a ContextVar: there, what is compiled keeps the choice that it was compiled with.
-_compiled_choice = _choice if torch.__version__ >= "2.14" else torch.compiler.assume_constant_result(_choice)
+def _compiled_choice() -> Backend:
+    return _choice()
+
+
+if torch.__version__ < "2.14":
+    # Older compilers do not look into a ContextVar: there, what is compiled keeps the choice that it was compiled with.
+    # This is what torch.compiler.assume_constant_result sets, which would import the compiler.
+    _compiled_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def known(backend: Backend) -> Backend:

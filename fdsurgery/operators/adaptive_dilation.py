@@ -70,14 +70,14 @@ def sampled(x: Tensor, reach: Tensor, mask: Tensor, kernel: tuple[int, int], con
     for way, (positions, size) in enumerate(((rows, height), (columns, width))):
         geometry = (kernel[way], conv.stride[way], conv.padding[way], conv.dilation[way])
         at = constant(grid, positions, *geometry, x.device, of_input=True)
-        middle = torch.arange(kernel[way], device=x.device) - kernel[way] // 2
+        middle = torch.arange(kernel[way], dtype=torch.int64, device=x.device) - kernel[way] // 2
         extent = (1, rows, 1, kernel[0], 1, 1) if way == 0 else (1, 1, columns, 1, kernel[1], 1)
         moved = reach[:, way].permute(0, 2, 3, 1)[:, :, :, None, None] * middle.view(1, 1, 1, *extent[3:])
         lines.append(between(at.view(extent), moved, size))
     # Pixels as rows of their channels, which lie together in memory.
     pixels = x.permute(0, 2, 3, 1).reshape(batch * height * width * groups, channels // groups)
-    sample = torch.arange(batch, device=x.device).view(-1, 1, 1, 1, 1, 1) * (height * width)
-    group = torch.arange(groups, device=x.device)
+    sample = torch.arange(batch, dtype=torch.int64, device=x.device).view(-1, 1, 1, 1, 1, 1) * (height * width)
+    group = torch.arange(groups, dtype=torch.int64, device=x.device)
     seen: Tensor | None = None
     for row, its_share in lines[0]:
         for column, share in lines[1]:

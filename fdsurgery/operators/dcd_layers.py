@@ -141,11 +141,11 @@ class DCDLayer(DynamicLayer):
 
     @property
     def _q(self) -> nn.Parameter:
-        return self.get_submodule(self.q_name).weight  # type: ignore[return-value]
+        return self._modules[self.q_name].weight  # type: ignore[return-value, union-attr]
 
     @property
     def _p(self) -> nn.Parameter:
-        return self.get_submodule(self.p_name).weight  # type: ignore[return-value]
+        return self._modules[self.p_name].weight  # type: ignore[return-value, union-attr]
 
     def _neutral_weight(self) -> Tensor:
         return self.dcd_weight

@@ -123,7 +123,9 @@ class CellAttention(nn.Module):
 
     def one_hot(self, assigned: Tensor, dtype: torch.dtype) -> Tensor:
         """`(places, cells + 1)`: 1 where a cell is assigned to a place."""
-        return (assigned[:, None] == torch.arange(self.cells + 1, device=assigned.device)).to(dtype)
+        return (assigned[:, None] == torch.arange(self.cells + 1, dtype=assigned.dtype, device=assigned.device)).to(
+            dtype
+        )
 
     def _bias_at_start(self, assigned: Tensor) -> Tensor:
         return self.one_hot(assigned, self.bias.dtype).flatten() * self.logit_scale
@@ -217,7 +219,7 @@ class KernelWarehouseLayer(DynamicLayer):
 
     def _build(self, weight: Tensor) -> None:
         its = self.settings
-        self.register_buffer("assigned_cells", torch.tensor(self.assigned(), device=weight.device))
+        self.register_buffer("assigned_cells", torch.tensor(self.assigned(), dtype=torch.int64, device=weight.device))
         self.register_buffer("tau", weight.new_zeros(1))
         self.attention = CellAttention(self._in_channels(), its, self.assigned_cells, weight)
         if self.warehouse.owner is None:

@@ -82,7 +82,7 @@ def chain_of(
         raise CheckpointError(f"the state does not fit the configuration: {different[0]!r} {what}")
     own = from_official(named, state, numbers)
     for name, layer in named.items():
-        own[f"{name}.assigned_cells"] = torch.tensor(layer.assigned())
+        own[f"{name}.assigned_cells"] = torch.tensor(layer.assigned(), dtype=torch.int64, device="cpu")
         own[f"{name}.tau"] = state[official_name(name, layer, "attention.fc1.weight")].new_full(
             (1,), float(config.get("tau", 0.0))
         )
@@ -94,7 +94,7 @@ def _plain(entry: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
     """The plain layer of an entry, on meta, in the dtype of the state."""
     linear = entry.get("layer_type") == "linear"
     name = f"{entry['name']}.conv" if linear else f"{entry['name']}"
-    weight = next(iter(state.values()), torch.zeros(1))
+    weight = next(iter(state.values()), torch.zeros(1, dtype=torch.float32, device="cpu"))
     bias = f"{name}.bias" in state
     if linear:
         return nn.Linear(entry["in_planes"], entry["out_planes"], bias, device="meta", dtype=weight.dtype)

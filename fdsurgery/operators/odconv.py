@@ -212,7 +212,7 @@ class ODConv2d(_ODConv, DynamicConv2d):  # type: ignore[misc, override]
     """ODConv in the place of `nn.Conv2d`."""
 
     def _cost_of_gates(self, sample: tuple[int, ...]) -> int:
-        x, padding = self._padded(torch.empty(1, *sample, device="meta"))
+        x, padding = self._padded(torch.empty(1, *sample, dtype=torch.float32, device="meta"))
         return self._gate_products(x.shape, Convolution(self.stride, padding, self.dilation, self.groups))
 
 
