@@ -20,11 +20,9 @@ import fdsurgery
 from fdsurgery.checkpoints import convert_checkpoint
 from fdsurgery.operators import get_operator, operator_of
 
-BRIEFLY = ("odconv", "kernel_warehouse")
-"""One that stands for itself, and one whose layers share their kernels: these two also in the default run."""
-
+# One of them in the default run, all in the long one; each has tests of its own besides.
 pytestmark = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in BRIEFLY else pytest.mark.long) for name in NAMES]
+    "name", [pytest.param(name, marks=() if name == "odconv" else pytest.mark.long) for name in NAMES]
 )
 
 

@@ -593,6 +593,7 @@ def planned(model: nn.Module, recipe: Any, size: int = 96, **given: Any) -> Any:
     return fdsurgery.plan(model, recipe, example_inputs=torch.empty(1, 3, size, size, device="meta"), **given)
 
 
+@pytest.mark.long
 def test_a_resnet50_gains_as_many_parameters_as_the_authors() -> None:
     import timm
 

@@ -25,7 +25,13 @@ PLACED: dict[str, tuple[str, dict[str, Any], int, int, dict[str, int]]] = {
 """Recipe, settings, layers, parameters added, and multiply-adds that no size of an image changes."""
 
 
-@pytest.mark.parametrize("build", [timm.models.resnet50, torchvision.models.resnet50], ids=["timm", "torchvision"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        pytest.param(timm.models.resnet50, id="timm"),
+        pytest.param(torchvision.models.resnet50, id="torchvision", marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.parametrize("case", PLACED)
 def test_a_resnet50_gains_what_was_published(case: str, build: Any) -> None:
     recipe, settings, layers, added, costs = PLACED[case]
