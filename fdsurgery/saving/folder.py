@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
@@ -53,14 +54,15 @@ def save(model: nn.Module, folder: str | Path, *, source: ModelSource | None = N
     Args:
         model: the converted model, trained or not.
         folder: made, or replaced if it holds an earlier save.
-        source: how to build the plain model; by default what the model says of itself (transformers, timm).
+        source: how to build the plain model; by default what the model says of itself (transformers, timm). Where it
+            says nothing, a warning tells that `load` will want the plain model.
         plan: kept for the record of which rule swapped what.
 
     Returns:
         The folder.
 
     Raises:
-        CheckpointError: the model has no dynamic layers, does not say how it was built, or the folder is in use.
+        CheckpointError: the model has no dynamic layers, the source builds another one, or the folder is in use.
 
     Examples:
         >>> import timm, fdsurgery
@@ -81,7 +83,8 @@ def _save(model: nn.Module, folder: Path, source: ModelSource | None, plan: Plan
     check_plan(plan, model)
     describe(model, None if plan is None else Origin.of(plan, model))  # layers may have been put back by hand since
     source = infer(model) if source is None else source
-    _check_source(model, source)
+    if source is not None:
+        _check_source(model, source)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; give a folder")
     if folder.exists() and any(folder.iterdir()) and not (folder / DESCRIPTION).exists():
@@ -89,7 +92,7 @@ def _save(model: nn.Module, folder: Path, source: ModelSource | None, plan: Plan
     description = {
         "format": FORMAT,
         "versions": {"fdsurgery": version("fdsurgery"), "torch": torch.__version__},
-        "source": source.to_dict(),
+        "source": None if source is None else source.to_dict(),
         "layers": layers,
         "folded": folded_norms(model),
         "buffers": unsaved_dtypes(model),
@@ -109,6 +112,13 @@ def _save(model: nn.Module, folder: Path, source: ModelSource | None, plan: Plan
             _put_in_place(fresh, folder, scratch / "older")
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
+    if source is None:
+        warnings.warn(
+            f"a {type(model).__name__} does not say how it was built, so {folder} is loaded onto the plain model: "
+            f"fdsurgery.load({str(folder)!r}, model=plain). To need none, pass source=, such as "
+            'fdsurgery.ModelSource("torchvision", "resnet50")',
+            stacklevel=3,
+        )
     return folder
 
 
@@ -140,6 +150,11 @@ def load(folder: str | Path, *, model: nn.Module | None = None, device: torch.de
         tensors = _read_weights(folder)
         given = model is not None
         if model is None:
+            if description["source"] is None:
+                raise CheckpointError(
+                    f"{folder} was saved of a model that does not say how it is built: give the plain model, "
+                    f"fdsurgery.load({str(folder)!r}, model=plain)"
+                )
             model = _rebuilt(ModelSource.from_dict(description["source"]), tensors, folder)
         replacements = replacements_for(model, description["layers"], folder / DESCRIPTION, tensors)
         replacements |= _folded(folder / DESCRIPTION, model, description.get("folded", []))
@@ -323,7 +338,8 @@ def read_description(folder: Path) -> dict[str, Any]:
         found = description.get("format") if isinstance(description, dict) else type(description).__name__
         raise CheckpointError(f"{path}: expected format {FORMAT}, found {found!r}; a newer fdsurgery may read it")
     try:
-        ModelSource.from_dict(description["source"])
+        if description["source"] is not None:
+            ModelSource.from_dict(description["source"])
         if not isinstance(description["layers"], dict) or not isinstance(description.get("buffers") or {}, dict):
             raise CheckpointError("layers and buffers are mappings by name")
         for entry in description["layers"].values():

@@ -57,20 +57,10 @@ def rebuild(source: ModelSource) -> nn.Module:
     return library_of_source(source).rebuild(source)
 
 
-def infer(model: nn.Module) -> ModelSource:
-    """The source of a model that its own attributes tell: transformers' config, timm's `pretrained_cfg`.
-
-    Raises:
-        CheckpointError: the model does not say where it comes from.
-    """
+def infer(model: nn.Module) -> ModelSource | None:
+    """The source of a model by its own attributes, such as transformers' config; None if they tell none."""
     library = library_of(model)
-    source = None if library is None else library.infer(model)
-    if source is None:
-        raise CheckpointError(
-            f"a {type(model).__name__} does not say how it was built; pass source=, a fdsurgery.ModelSource such as "
-            'ModelSource("torchvision", "resnet50") or ModelSource("file", "models.py:build")'
-        )
-    return source
+    return None if library is None else library.infer(model)
 
 
 def _listed(words: list[str]) -> str:

@@ -169,7 +169,13 @@ def folder_config(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any]] | 
     """
     if not (folder / DESCRIPTION).exists() or (folder / "config.json").exists():
         return None
-    source = ModelSource.from_dict(read_description(folder)["source"])
+    told = read_description(folder)["source"]
+    if told is None:
+        raise CheckpointError(
+            f"{folder} does not say how its model is built, so timm cannot build it; call fdsurgery.load(folder, "
+            "model=plain)"
+        )
+    source = ModelSource.from_dict(told)
     if source.library != "timm":
         raise CheckpointError(
             f"{folder} holds a model of {source.library}, {source.name}, which timm cannot build; call "

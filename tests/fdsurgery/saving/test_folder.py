@@ -84,8 +84,12 @@ def test_a_model_from_the_callers_code_loads_onto_a_fresh_one(tmp_path: Path) ->
     model = build()
     fdsurgery.testing.settle_(model, x)
     trained_a_little(fdsurgery.convert(model, example_inputs=x), x)
-    with pytest.raises(CheckpointError, match="pass source="):
-        fdsurgery.save(model, tmp_path / "saved")
+    with pytest.warns(UserWarning, match=r"does not say how it was built.*model=plain.*pass source="):
+        fdsurgery.save(model, tmp_path / "alone")
+    with pytest.raises(CheckpointError, match=r"does not say how it is built: give the plain model"):
+        fdsurgery.load(tmp_path / "alone")
+    again = fdsurgery.load(tmp_path / "alone", model=build())
+    torch.testing.assert_close(logits(again, x), logits(model, x), rtol=0, atol=0)
     fdsurgery.save(model, tmp_path / "saved", source=ModelSource("file", "models.py:build"))
     with pytest.raises(CheckpointError, match=r"built by models\.py:build.*load\(folder, model=\.\.\.\)"):
         fdsurgery.load(tmp_path / "saved")
