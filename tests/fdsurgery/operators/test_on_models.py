@@ -28,7 +28,7 @@ def test_a_model_stays_what_it_is_and_comes_back(name: str, case: str) -> None:
     assert checked.ok, str(checked)
     assert all(one["operator"] == name for one in described_layers(model).values())
 
-    perturb(model, 0.1)
+    perturb(model, 0.02)  # in a deep net much more of it ends in infinity
     other = fdsurgery.convert(copy.deepcopy(before), example_inputs=x, operator=name)
     other.load_state_dict(model.state_dict())
     expected, found = (_first(one(x)) for one in (model, other))
