@@ -16,7 +16,7 @@ from torch import Tensor
 from .backend import chosen_backend
 from .gpu import dispatch as gpu
 from .out_of_memory import explained
-from .precision import autocast_is_on, fft_dtype, without_autocast
+from .precision import autocast_is_on, without_autocast
 from .reference import Convolution, WeightShape, per_sample, per_sample_backward
 from .strides import owned
 from .tracing import is_transformed, wants_operations
@@ -164,8 +164,3 @@ def _gradients(
                     whole += gradient
     to_input = None if not wanted[0] else to_x[0] if len(to_x) == 1 else torch.cat(to_x)
     return [to_input, *to_rest]
-
-
-def exact(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values in the precision in which a layer of this dtype makes its weights."""
-    return values.to(fft_dtype(dtype))

@@ -80,24 +80,16 @@ class LoadsStateDicts(ModulatedSpectrum):
     @torch.no_grad()
     def _expect_plain(self, state_dict: dict[str, Tensor], prefix: str) -> str | None:
         """Put what a neutral layer would have saved in the place of a plain weight; why not, if it cannot be."""
-        weight, shape = state_dict[f"{prefix}weight"], self._static_shape()
-        if tuple(weight.shape) != shape:
-            return (
-                f"size mismatch for {prefix}weight: the checkpoint has a static weight {tuple(weight.shape)}, and the "
-                f"dynamic layer stands for one of {shape}."
-            )
+        weight = state_dict[f"{prefix}weight"]
+        if (misfit := self._plain_misfit(weight, prefix)) is not None:
+            return misfit
         if self._is_prepared():
             return f"{prefix}weight: this model was prepared for inference and cannot be loaded into."
         if self.dft_weight.is_meta and not weight.is_meta:  # as with assign=True
             with torch.random.fork_rng(devices=[]):
                 self.to_empty(device=weight.device)
                 self.reset_modulation()
-        if not self.is_neutral():
-            warnings.warn(
-                f"a plain checkpoint was loaded into the dynamic layer {prefix.rstrip('.') or type(self).__name__!r}: "
-                "it computes what the checkpoint's layer does, and what its modulation had learned is gone",
-                stacklevel=2,
-            )
+        self._tell_what_is_lost(prefix)
         heads = {id(tensor) for tensor in self._modulation()}
         own = {name for name in ("dft_weight", "bias", "filter_scale") if name in self._parameters | self._buffers}
         for name, tensor in (*self.named_parameters(), *self.named_buffers()):

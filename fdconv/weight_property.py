@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,6 +89,25 @@ class WithStaticWeight(nn.Module):
             self.adopt_weight(value)
             if isinstance(value, nn.Parameter):
                 self._stored().requires_grad_(value.requires_grad)
+
+    def _plain_misfit(self, weight: Tensor, prefix: str) -> str | None:
+        """Why the weight of a plain layer's state dict cannot be this layer's, in words; None if it can."""
+        shape = self._static_shape()
+        if tuple(weight.shape) == shape:
+            return None
+        return (
+            f"size mismatch for {prefix}weight: the checkpoint has a static weight {tuple(weight.shape)}, and the "
+            f"dynamic layer stands for one of {shape}."
+        )
+
+    def _tell_what_is_lost(self, prefix: str) -> None:
+        """Warn where a plain layer's state takes the place of what the modulation had learned."""
+        if not self.is_neutral():
+            warnings.warn(
+                f"a plain checkpoint was loaded into the dynamic layer {prefix.rstrip('.') or type(self).__name__!r}: "
+                "it computes what the checkpoint's layer does, and what its modulation had learned is gone",
+                stacklevel=3,
+            )
 
     def __prepare_scriptable__(self) -> Any:
         """Asked by `torch.jit.script` of each module, which has no words for what a dynamic layer does."""

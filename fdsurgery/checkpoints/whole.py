@@ -136,8 +136,6 @@ class WholePlan:
     layers: tuple[str, ...]
     nbytes: int
     """Of all tensors that are written."""
-    expected: Mapping[str, Tensor]
-    """The authors' state dict, on meta."""
     made: Plan | None
     """How the model is converted; None where it is ours already."""
     source: ModelSource | None
@@ -206,7 +204,7 @@ def plan_reading(
     size = sum(one.nbytes for one in stored.values() if isinstance(one, Stored))
     return WholePlan(
         *(checkpoint, destination, "official", "ours", spec, chosen.recipe, operator.name, names, size),
-        *(expected, chosen, source),
+        *(chosen, source),
     )
 
 
@@ -229,11 +227,10 @@ def plan_writing(checkpoint: Checkpoint, destination: Path) -> WholePlan:
     model = load(checkpoint.path)
     layers = dynamic_layers(model)
     names = sorted({operator.name for operator in _by_operator(layers)})
-    expected = {name: tensor.to("meta") for name, tensor in official_state_dict(model).items()}
-    size = sum(tensor.numel() * tensor.element_size() for tensor in expected.values())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in official_state_dict(model).values())
     return WholePlan(
         *(checkpoint, destination, "ours", "official", type(model).__name__, None, ", ".join(names), tuple(layers)),
-        *(size, expected, None, None),
+        *(size, None, None),
     )
 
 

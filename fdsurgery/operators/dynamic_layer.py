@@ -149,7 +149,7 @@ class DynamicLayer(WithStaticWeight):
         return plain.train(self.training)
 
     def _checked(self, weight: Tensor) -> Tensor:
-        """A static weight that somebody gives, in float64 where the device has it."""
+        """A static weight that somebody gives, if it has the layer's shape; else `ValueError`."""
         if weight.shape != self._static_shape():
             raise ValueError(f"weight must have the shape {self._static_shape()}, not {tuple(weight.shape)}")
         return weight.detach()
@@ -189,18 +189,10 @@ class DynamicLayer(WithStaticWeight):
     @torch.no_grad()
     def _expect_plain(self, state_dict: dict[str, Tensor], prefix: str) -> str | None:
         """Put what a fresh layer would have saved in the place of a plain weight; why not, if it cannot be."""
-        weight, shape = state_dict[f"{prefix}weight"], self._static_shape()
-        if tuple(weight.shape) != shape:
-            return (
-                f"size mismatch for {prefix}weight: the checkpoint has a static weight {tuple(weight.shape)}, and the "
-                f"dynamic layer stands for one of {shape}."
-            )
-        if not self.is_neutral():
-            warnings.warn(
-                f"a plain checkpoint was loaded into the dynamic layer {prefix.rstrip('.') or type(self).__name__!r}: "
-                "it computes what the checkpoint's layer does, and what its modulation had learned is gone",
-                stacklevel=2,
-            )
+        weight = state_dict[f"{prefix}weight"]
+        if (misfit := self._plain_misfit(weight, prefix)) is not None:
+            return misfit
+        self._tell_what_is_lost(prefix)
         for name, tensor in self._fresh_state(weight.detach()).items():
             state_dict[prefix + name] = tensor
         del state_dict[f"{prefix}weight"]
